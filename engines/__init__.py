@@ -1,0 +1,1 @@
+"""Everything that touches a tensor: the training engine and the inference engines."""

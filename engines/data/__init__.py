@@ -1,0 +1,1 @@
+"""Images on their way in: sources, long-tail profiles, class names, batches."""

@@ -1,0 +1,1 @@
+"""Does it help? Accuracy by group, controls, and the report."""

@@ -1,0 +1,1 @@
+"""Network architectures: the ADM U-Net, the prototype guide, the recognizers."""

@@ -1,0 +1,349 @@
+"""Recipes: frozen, typed settings of the whole job, read from TOML; every number of a run lives here.
+
+A field's default is the paper's value, or the field's usual one where the paper is silent. Unknown keys are refused with
+the nearest right name, and all mistakes of a file are told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engines.errors import UsageError
+
+MAX_RECIPE_BYTES = 1 << 20
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataSection(Section):
+    """Which images, and the long tail that is cut out of them (METHOD section 0, LONGTAIL D1-D2)."""
+
+    source: Literal["digits", "cifar10", "cifar100", "parquet", "folder", "list"] = "digits"
+    path: str = ""  # the data set's folder or archive; `--data` wins
+    image_size_px: Count = 32  # images are center-cropped and resized to this square
+    image_channels: Literal[1, 3] = 3
+    test_per_class: CountOrZero = 50  # images a class held out where the source has no test split of its own
+    profile: Literal["exponential", "pareto", "as-is"] = "exponential"
+    imbalance: Annotated[float, Field(ge=1, le=10**6, allow_inf_nan=False)] = 100.0  # N_1 / N_K
+    pareto_power: Positive = 6.0
+    head_count: CountOrZero = 0  # N_1; 0 = as many as every class can give
+    profile_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    groups: Literal["counts", "ranks"] = "counts"  # "counts": the 100/20 rule; "ranks": `group_sizes`
+    many_above: CountOrZero = 100
+    few_below: CountOrZero = 20
+    group_sizes: tuple[CountOrZero, CountOrZero, CountOrZero] = (3, 4, 3)  # many, medium, few by rank of N_k
+    on_bad_image: Literal["error", "skip"] = "error"
+
+
+class UNetSection(Section):
+    """The ADM U-Net (Dhariwal & Nichol 2021); names are those of the published configurations."""
+
+    model_channels: Count = 128
+    channel_mult: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
+    num_res_blocks: Count = 2
+    attention_resolutions: tuple[Count, ...] = (16,)  # px at which self-attention stands
+    num_head_channels: Count = 64
+    dropout: Fraction = 0.1
+    resblock_updown: bool = True  # BigGAN-style up/down residual blocks
+    use_scale_shift_norm: bool = True
+    use_new_attention_order: bool = False
+    learn_sigma: bool = True
+    class_cond: bool = False  # the paper's own model is unconditional
+
+
+class DiffusionSection(Section):
+    """The forward process, Eqs. 1-3."""
+
+    steps: Count = 1000  # T
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    vlb_weight: NonNegative = 0.001  # weight of L_vlb beside L_base when learn_sigma
+
+
+class StageSection(Section):
+    """What the three training stages share."""
+
+    train_steps: Count = 100_000
+    batch_size: Count = 64
+    lr: Positive = 2e-4
+    weight_decay: NonNegative = 0.0
+    warmup_steps: CountOrZero = 5_000
+    lr_decay: Literal["none", "cosine"] = "none"
+    ema_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.9999
+    grad_clip: Positive = 1.0
+    horizontal_flip: bool = True
+    shift_px: CountOrZero = 0  # random translation of up to this many pixels, border repeated
+    precision: Literal["fp32", "bf16"] = "bf16"  # autocast; weights, EMA and losses stay fp32
+    log_every_steps: Count = 50
+    sample_every_steps: CountOrZero = 5_000  # grid of samples as PNG; 0 = never
+    save_every_steps: Count = 2_500
+    max_nonfinite_steps: Count = 10  # skipped steps in a row before training stops
+
+
+class SourceSection(StageSection):
+    """Stage 1, Eq. 5: the source model."""
+
+    train_on: Literal["head", "all"] = "head"
+    class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
+    label_dropout: Fraction = 0.1  # share of null labels when class_cond (classifier-free guidance)
+
+
+class TargetSection(StageSection):
+    """Stage 2, Eqs. 7-10: adaptation to the tail. `batch_size` is `groups x group_size`."""
+
+    train_steps: Count = 20_000
+    warmup_steps: CountOrZero = 500
+    group_size: Annotated[int, Field(ge=3, le=1024)] = 4  # M; with two images Eq. 7 is constant
+    adapt_on: Literal["medium+few", "all"] = "medium+few"  # classes over which L_base runs
+    class_sampling: Literal["natural", "balanced", "sqrt"] = "balanced"  # which class the next group of M comes from
+    gamma: NonNegative = 0.1  # Eq. 8
+    lambda_pair: NonNegative = 0.5  # Eq. 10
+    pair_direction: Literal["tar||sou", "sou||tar"] = "tar||sou"  # Eq. 9 as printed
+    pair_temperature: Positive = 1.0  # on both rows
+    pair_reduction: Literal["batch_mean", "sum"] = "batch_mean"
+    shared_timestep: bool = False  # one t for a whole group
+    label_dropout: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.batch_size % self.group_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+        return self
+
+
+class GuideSection(StageSection):
+    """Stage 3, Eqs. 11-12: the prototype guide, the encoder half of a small ADM U-Net."""
+
+    train_steps: Count = 20_000
+    warmup_steps: CountOrZero = 500
+    weight_decay: NonNegative = 0.05
+    model_channels: Count = 64
+    channel_mult: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2)
+    num_res_blocks: Count = 1
+    attention_resolutions: tuple[Count, ...] = (8,)
+    num_head_channels: Count = 64
+    dropout: Fraction = 0.1
+    embedding_dim: Count = 128
+    tau: Positive = 0.07  # Eq. 12
+    prototype_momentum: Fraction = 0.999  # m, Eq. 11
+    class_prior: bool = True  # the pi_k of Eq. 12
+    class_sampling: Literal["natural", "balanced", "sqrt"] = "sqrt"
+
+
+class ExportSection(Section):
+    """Torch -> ONNX."""
+
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    max_batch: Count = 64
+    one_step_tolerance: Positive = 1e-5  # relative L2 of one evaluation against torch
+    trajectory_psnr_db: Positive = 40.0  # of a short trajectory against torch
+
+
+class SynthSection(Section):
+    """Guided sampling, Eq. 13, and how many images are made."""
+
+    model: Literal["target", "source"] = "target"
+    engine: Literal["onnx", "torch", "auto"] = "auto"
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    steps: Count = 250  # of `diffusion.steps`, respaced
+    eta: Fraction = 0.0  # ddim
+    batch_size: Count = 32  # the engine's fixed compute batch; smaller rests are padded
+    guidance_scale: NonNegative = 0.2  # s_0
+    guidance_scale_max: Positive = 1.0
+    scale_rule: Literal["entropy", "fixed"] = "entropy"
+    gradient_norm: Literal["rms", "linf", "l2", "none"] = "rms"
+    step_unit: Literal["sigma", "variance"] = "sigma"
+    direction: Literal["toward", "away"] = "toward"
+    guidance_interval: tuple[CountOrZero, CountOrZero] = (0, 10**9)  # training timesteps t, both ends included
+    classifier_free_scale: NonNegative = 0.0  # w in (1 + w) eps(y) - w eps(); 0 = one evaluation a step
+    clip_denoised: bool = True
+    fill_to: CountOrZero = 0  # N_fill; 0 = the largest class
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class SelectSection(Section):
+    """Which synthesized images are kept: d <= distance_band * d_f (METHOD section 5)."""
+
+    distance_band: NonNegative = 0.0  # 0 = keep everything
+    max_tries: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 4.0  # times the images asked for
+
+
+class RecognizerSection(Section):
+    """The recognizer that says whether synthesis helps (METHOD section 5, LONGTAIL D3)."""
+
+    architecture: Literal["resnet32", "resnet8"] = "resnet32"
+    train_steps: Count = 19_600
+    batch_size: Count = 128
+    lr: Positive = 0.1
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 2e-4
+    warmup_steps: CountOrZero = 500
+    schedule: Literal["cosine", "step"] = "step"
+    milestones: tuple[Fraction, ...] = (0.8, 0.9)  # of train_steps, for "step"
+    decay: Fraction = 0.01
+    horizontal_flip: bool = True
+    crop_padding_px: CountOrZero = 4
+    precision: Literal["fp32", "bf16"] = "fp32"
+    synthetic_weight: Fraction = 0.3  # loss weight of a synthetic image beside 1 of a real one
+    synthetic_prior: bool = True  # the real counts' log-prior on the logits of real images only
+    real_only_fraction: Fraction = 0.0  # last share of the steps on real images alone
+    seeds: Count = 3
+
+
+class Recipe(Section):
+    """Every setting of a run. Build one with `load`, never by hand in a command."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataSection = DataSection()
+    unet: UNetSection = UNetSection()
+    diffusion: DiffusionSection = DiffusionSection()
+    source: SourceSection = SourceSection()
+    target: TargetSection = TargetSection()
+    guide: GuideSection = GuideSection()
+    export: ExportSection = ExportSection()
+    synth: SynthSection = SynthSection()
+    select: SelectSection = SelectSection()
+    recognizer: RecognizerSection = RecognizerSection()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        size = self.data.image_size_px
+        for section, mult in (("unet", self.unet.channel_mult), ("guide", self.guide.channel_mult)):
+            if size % 2 ** (len(mult) - 1):
+                raise ValueError(f"data.image_size_px {size} cannot be halved {len(mult) - 1} times ({section}.channel_mult)")
+        if self.synth.steps > self.diffusion.steps:
+            raise ValueError(f"synth.steps {self.synth.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        if self.synth.batch_size > self.export.max_batch:
+            raise ValueError(f"synth.batch_size {self.synth.batch_size} exceeds export.max_batch {self.export.max_batch}")
+        if self.synth.classifier_free_scale and not self.unet.class_cond:
+            raise ValueError("synth.classifier_free_scale needs unet.class_cond = true")
+        return self
+
+
+def load(text: str, overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:
+    """Parse, override and validate a recipe.
+
+    Args:
+        text: TOML.
+        overrides: `section.key=value` items, as given to `--set`; a value is TOML, or else a bare string.
+        origin: what the text is called in messages.
+
+    Raises:
+        UsageError: with every mistake of the file and of the overrides at once.
+    """
+    if len(text.encode()) > MAX_RECIPE_BYTES:
+        raise UsageError(f"{origin} is larger than 1 MiB", "a recipe is a page of TOML: diffrc recipe show digits-lt")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{origin} is not valid TOML: {error}", "diffrc recipe show digits-lt shows one that is") from None
+    for item in overrides:
+        _override(table, item)
+    return validate(table, origin)
+
+
+def validate(table: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Check a parsed table against the schema. Raises UsageError with all mistakes at once."""
+    try:  # JSON mode is strict about numbers and strings, yet reads TOML's arrays as tuples
+        return Recipe.model_validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        mistakes = sorted({_mistake(dict(e)) for e in error.errors(include_url=False)})
+    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    raise UsageError(f"{count} in {origin}: " + "; ".join(mistakes), "diffrc recipe show NAME lists every key and its value")
+
+
+def digest(section: BaseModel | Mapping[str, Any]) -> str:
+    """sha256 of a recipe or section: equal exactly when every value is."""
+    table = section.model_dump(mode="json") if isinstance(section, BaseModel) else section
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) for every key in which two recipes differ, in the schema's order."""
+    left, right = dict(_flatten(a)), dict(_flatten(b))
+    return [(key, left[key], right[key]) for key in left if left[key] != right[key]]
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, every key written out; `load` reads it back to an equal recipe."""
+    lines: list[str] = []
+    for key, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{name} = {_toml_value(v)}" for name, v in value.items())]
+        else:
+            lines.append(f"{key} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load` a file. Raises UsageError where it cannot be read as UTF-8 text."""
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise UsageError(f"{path} is larger than 1 MiB", "a recipe is a page of TOML: diffrc recipe show digits-lt")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the recipe {path}: {error}", "diffrc recipe ls lists the embedded recipes") from None
+    return load(text, overrides, origin=str(path))
+
+
+def _override(table: dict[str, Any], item: str) -> None:
+    key, equals, raw = item.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UsageError(f"--set {item!r} is not of the form section.key=value", "for example: --set source.train_steps=200")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    node = table
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"--set {item!r}: {part!r} is a value, not a section", "diffrc recipe show NAME lists every key")
+    node[path[-1]] = value
+
+
+def _mistake(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
+    if error["type"] == "extra_forbidden":
+        section = Recipe.model_fields.get(str(error["loc"][0])) if len(error["loc"]) > 1 else None
+        model = section.annotation if section else Recipe
+        fields: Iterable[str] = getattr(model, "model_fields", {})
+        near = difflib.get_close_matches(str(error["loc"][-1]), list(fields), n=1, cutoff=0.5)
+        return f"unknown key {where!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = "" if isinstance(error.get("input"), dict) else f", not {json.dumps(error.get('input'), default=str)[:80]}"
+    return f"{where}: {message}{given}" if where else message
+
+
+def _flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    for key, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", v) for name, v in value.items())
+        else:
+            yield key, value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers and booleans are TOML's

@@ -1,0 +1,1 @@
+"""Tail images on their way out: plan, guided sampling, PNG files, manifest."""

@@ -1,0 +1,1 @@
+"""One loop and the stages that it drives: source, target, guide, recognizer."""

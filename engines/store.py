@@ -1,0 +1,343 @@
+"""Files that survive a kill: atomic writes, checkpoints with a manifest, run folders, locks. Nothing else in DiffRC writes.
+
+Commit of a file: temporary file in the same folder, flush, fsync, rename, fsync of the folder. A reader sees the old bytes
+or the new ones, never a mixture. Tensors are safetensors, everything else is JSON or TOML; there is no pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+import safetensors
+import torch
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from engines import recipe as recipes
+from engines.errors import ConflictError, DataError, NumericsError, StorageError, UsageError
+from engines.recipe import Recipe
+
+DEFAULT_ROOT = Path("runs")
+CHECKPOINTS_KEPT = 2
+_TEMPORARY = re.compile(r"^\..*\.\d+\.[0-9a-f]{8}\.tmp$")
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Commit `data` under `path`, whole or not at all; parent folders are made. Raises StorageError."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    with _storage_errors(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Commit UTF-8 text. Raises StorageError."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Commit a JSON document, indented for readers. Raises StorageError."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON document. Raises DataError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"cannot read {path}: {error}", "remake it with the command that wrote it, or restore the file") from None
+
+
+def append_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one JSON line; a last line torn by an earlier kill is dropped first. Raises StorageError."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with _storage_errors(path, len(line)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file, [] where it does not exist; a torn last line is left out. Raises DataError."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", "the file was changed by hand; restore it or remove its folder") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, str] | None = None) -> None:
+    """Commit tensors as safetensors. Raises NumericsError for a value that is not finite, StorageError."""
+    write_bytes(path, _packed(path, tensors, info))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU. Raises DataError where it is missing or damaged."""
+    try:
+        return tensors_from_bytes(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"cannot read {path}: {error}", "train again, or restore the file") from None
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed writers left behind in a folder that this process has locked."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.match(path.name):
+            path.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse before work starts where the disk cannot hold its result. Raises StorageError."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        need, have = needed_bytes / 2**20, free / 2**20
+        raise StorageError(f"{folder} needs about {need:,.0f} MiB, the disk has {have:,.0f} MiB", "free some space or choose another folder")
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path, size_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"free at least {size_bytes:,} bytes and run the same command again" if full else "choose a folder that can be written"
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", remedy) from error
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _packed(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, str] | None) -> bytes:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"{path.name}: {name} is not finite", "train again from the last checkpoint with a smaller lr")
+    return tensors_to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, dict(info or {}))
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training stage at the end of a step: named groups of tensors and a JSON state; `skipped` names damaged newer ones."""
+
+    step: int
+    groups: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+    skipped: tuple[str, ...] = ()
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Commit `folder/step-<n>/` with one safetensors file a group, state.json, and a manifest of sha256 written last.
+
+    The folder gets its name only when everything in it is on the disk; then older checkpoints are pruned to the last two.
+    Raises NumericsError for a value that is not finite, StorageError.
+    """
+    final = folder / f"step-{checkpoint.step:09d}"
+    building = folder / f"step-{checkpoint.step:09d}.tmp"
+    files = {f"{name}.safetensors": _packed(final / name, group, None) for name, group in checkpoint.groups.items()}
+    files["state.json"] = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1, allow_nan=False).encode()
+    manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    with _storage_errors(final, sum(len(data) for data in files.values())):
+        shutil.rmtree(building, ignore_errors=True)
+        for name, data in files.items():
+            write_bytes(building / name, data)
+        write_json(building / "MANIFEST.json", manifest)
+        if final.exists():  # the same step, written by a run that was killed before it said so
+            shutil.rmtree(final)
+        building.replace(final)
+        _fsync_folder(folder)
+    for old in _checkpoint_folders(folder)[CHECKPOINTS_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose every file matches its manifest, or None. Raises DataError where all are damaged."""
+    skipped: list[str] = []
+    for path in _checkpoint_folders(folder):
+        try:
+            manifest = read_json(path / "MANIFEST.json")
+            data = {name: (path / name).read_bytes() for name in manifest}
+            if any(hashlib.sha256(data[name]).hexdigest() != entry["sha256"] for name, entry in manifest.items()):
+                raise DataError(f"{path} does not match its manifest", "restore it")
+            state = json.loads(data.pop("state.json"))
+            groups = {Path(name).stem: tensors_from_bytes(raw) for name, raw in data.items()}
+            return Checkpoint(int(state.pop("step")), groups, state, tuple(skipped))
+        except (DataError, OSError, KeyError, TypeError, AttributeError, ValueError, safetensors.SafetensorError):
+            skipped.append(path.name)
+    if skipped:
+        raise DataError(f"every checkpoint in {folder} is damaged ({', '.join(skipped)})", f"remove {folder} to train this stage again")
+    return None
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", p.name)), reverse=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+_TRAINING_SECTIONS = ("seed", "data", "unet", "diffusion", "source", "target", "guide")
+_MAY_DIFFER = {"data.path", "data.on_bad_image"}  # where a data set lies is not what it is
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that explains itself: resolved recipe, class table, environment, and every artifact at its place."""
+
+    path: Path
+    recipe: Recipe
+
+    def stage(self, name: str) -> Path:
+        """Folder of a training stage: "source", "target" or "guide"."""
+        return self.path / name
+
+    @property
+    def engines(self) -> Path:
+        return self.path / "engines"
+
+    @property
+    def synth(self) -> Path:
+        return self.path / "synth"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report" / "index.html"
+
+    def classes(self) -> dict[str, Any]:
+        """The class table of training: {"names": [...], "counts": [...], "groups": [...], "kept_sha256": "..."}. Raises UsageError."""
+        if not (self.path / "classes.json").exists():
+            raise UsageError(f"{self.path} has not been trained yet", f"diffrc train --run {self.path}")
+        table: dict[str, Any] = read_json(self.path / "classes.json")
+        return table
+
+    def keep_classes(self, table: Mapping[str, Any]) -> None:
+        """Store the class table, or check that it is the one of before. Raises ConflictError for another data set."""
+        if (self.path / "classes.json").exists():
+            before = self.classes()
+            changed = [key for key in ("names", "counts", "kept_sha256") if before[key] != table[key]]
+            if changed:
+                raise ConflictError(f"{self.path} was trained on other data ({', '.join(changed)} differ)", "choose a new folder with --run")
+        else:
+            write_json(self.path / "classes.json", dict(table))
+
+    def add_cost(self, what: str, seconds: float) -> None:
+        """Add wall-clock seconds to what this run has cost, by stage, in cost.json."""
+        path = self.path / "cost.json"
+        cost = read_json(path) if path.exists() else {}
+        write_json(path, cost | {what: round(cost.get(what, 0.0) + seconds, 2)})
+
+
+def create_run(path: Path, recipe: Recipe) -> RunFolder:
+    """Make a run folder, or open the one that holds the same training recipe.
+
+    Sections after training (export, synth, select, recognizer) may change from call to call; the stored recipe follows.
+    Raises ConflictError naming the keys in which an existing run's training differs, StorageError.
+    """
+    stored = path / "recipe.toml"
+    if stored.exists():
+        before = recipes.read(stored)
+        changed = [
+            f"{key} = {old} there, {new} now"
+            for key, old, new in recipes.differences(before, recipe)
+            if key.split(".")[0] in _TRAINING_SECTIONS and key not in _MAY_DIFFER
+        ]
+        if changed:
+            raise ConflictError(f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run, or leave --set out")
+    elif path.exists() and any(p.name != ".lock" for p in path.iterdir()):
+        raise ConflictError(f"{path} is not empty and holds no run", "choose another folder with --run")
+    if not stored.exists() or before != recipe:
+        write_text(stored, recipes.to_toml(recipe))
+    write_json(path / "environment.json", environment())
+    write_json(path.parent / "latest.json", {"run": path.name})
+    return RunFolder(path, recipe)
+
+
+def open_run(path: Path | None, overrides: tuple[str, ...] = (), root: Path = DEFAULT_ROOT) -> RunFolder:
+    """An existing run; None = the latest one in `root`. Raises UsageError where there is none."""
+    if path is None:
+        if not (root / "latest.json").exists():
+            raise UsageError(f"there is no run in ./{root}", "diffrc train")
+        path = root / str(read_json(root / "latest.json")["run"])
+    if not (path / "recipe.toml").exists():
+        raise UsageError(f"{path} is not a run folder", "diffrc train makes one; --run names it")
+    return RunFolder(path, recipes.read(path / "recipe.toml", overrides))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. The lock dies with its owner. Raises ConflictError where another process has it."""
+    with _storage_errors(folder, 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise ConflictError(f"{folder} is in use by another diffrc process", "wait until it ends, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run depend on beside its recipe: versions, processor, threads."""
+    packages = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "pillow", "scikit-learn")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": versions,
+    }

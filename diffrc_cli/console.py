@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -224,8 +224,18 @@ def _is_terminal(stream: IO[str]) -> bool:
 def _console(stream: IO[str]) -> Console:
     from rich.console import Console
 
-    width = min(max(shutil.get_terminal_size((80, 24)).columns, MIN_WIDTH), MAX_WIDTH)
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, no_color=None if _is_terminal(stream) else True)
+    return Console(
+        file=stream, width=_width(stream), highlight=False, markup=False, emoji=False, no_color=None if _is_terminal(stream) else True
+    )
+
+
+def _width(stream: IO[str]) -> int:
+    """Of the stream's own terminal (stdout may be a pipe where stderr is none); COLUMNS wins, 80 in a pipe."""
+    try:
+        columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # not a terminal, or COLUMNS is no number
+        columns = 0
+    return min(max(columns or 80, MIN_WIDTH), MAX_WIDTH)
 
 
 def _styled(*parts: tuple[str, str]) -> Text:

@@ -1,0 +1,115 @@
+"""The `diffrc` command: registers the commands in the order of the work, and turns failures into two lines and an exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from diffrc_cli import __version__, console, recipe
+from engines.errors import DiffRCError, Interrupted
+
+INTERNAL_ERROR, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # `main` says what failed; a traceback only with --debug
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 internal error, 2 usage or recipe, 3 data, 4 engine or device, 5 folder in use or another run in it, "
+    "6 numbers disagree, 7 not finite, 8 disk, 130/143 interrupted (the same command continues).",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.say(f"diffrc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def diffrc(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure; works at any place of the line.")] = False,
+) -> None:
+    """Long-tailed recognition by guided diffusion: train, export, synthesize the tail, and see whether a recognizer got better.
+
+    Example: diffrc run digits-lt
+    """
+
+
+for _name in ("run", "data", "train", "export", "synth", "evaluate"):  # in the order of the work
+    if find_spec(f"diffrc_cli.{_name}"):
+        _module = import_module(f"diffrc_cli.{_name}")
+        if hasattr(_module, "app"):
+            app.add_typer(_module.app, name=_name)
+        else:
+            app.command(_name)(getattr(_module, _name))
+app.add_typer(recipe.app, name="recipe")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Exits with the documented code; see `engines.errors`."""
+    _keep_streams_alive()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        code = app(args=[word for word in words if word != "--debug"], prog_name="diffrc", standalone_mode=False)
+    except Exception as failure:
+        if debug:
+            traceback.print_exc()
+        sys.exit(_tell(failure))
+    if code == INTERRUPTED:
+        console.error("interrupted", "the same command again; training and synthesis continue where they were")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(failure: Exception) -> int:
+    """Two lines on stderr, and the exit code that goes with them."""
+    if isinstance(failure, DiffRCError):
+        console.error(failure.problem, failure.remedy)
+        return 128 + failure.signal_number if isinstance(failure, Interrupted) else failure.exit_code
+    if isinstance(failure, TyperException):
+        message = failure.format_message()
+        if message:  # else the help that a bare group prints has been shown already
+            context = getattr(failure, "ctx", None)
+            command = context.command_path if context else "diffrc"
+            console.error(message[:1].lower() + message[1:].rstrip("."), f"{command} --help")
+        return USAGE_ERROR
+    if isinstance(failure, typer.Abort):
+        console.error("aborted", "the same command again")
+        return INTERRUPTED
+    console.error(f"internal error: {type(failure).__name__}: {failure}", "the same command with --debug shows where; please report it")
+    return INTERNAL_ERROR
+
+
+class _Outlet(io.FileIO):
+    """A standard stream whose reader may leave (`| head`): the work goes on, and the exit code stays that of the work."""
+
+    def write(self, data: object) -> int:
+        try:
+            return super().write(data)  # type: ignore[arg-type]
+        except BrokenPipeError:
+            return len(data)  # type: ignore[arg-type]
+
+
+def _keep_streams_alive() -> None:
+    """Streams that survive a closed pipe, a closed descriptor and an encoding without the character at hand."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        try:
+            ours = stream is None or stream.fileno() == descriptor
+        except (OSError, ValueError):  # a test's or an embedder's stream: theirs to keep
+            ours = False
+        if ours:
+            target = os.open(os.devnull, os.O_WRONLY) if stream is None else descriptor
+            raw = io.BufferedWriter(_Outlet(target, "w", closefd=False))
+            encoding = stream.encoding if stream else "utf-8"
+            setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=True))

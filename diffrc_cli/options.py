@@ -1,0 +1,39 @@
+"""The options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _embedded_names(incomplete: str) -> list[str]:
+    from diffrc_cli.recipe import embedded
+
+    return [name for name in embedded() if name.startswith(incomplete)]
+
+
+RECIPE_HELP = "An embedded recipe (diffrc recipe ls) or a TOML file. Default: ./diffrc.toml if there is one, else digits-lt."
+
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE]", help=RECIPE_HELP, show_default=False, autocompletion=_embedded_names)
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", metavar="RECIPE", help=RECIPE_HELP, show_default=False, autocompletion=_embedded_names)
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="PATH", help="The data set's folder or archive; wins over data.path of the recipe.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one key of the recipe; repeatable. Example: --set source.lr=1e-4", show_default=False
+    ),
+]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="The run folder. Default: the latest one in ./runs.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -152,19 +153,10 @@ def resolve(name_or_file: str | None, overrides: Sequence[str] | None = None) ->
 
 
 def header_of(text: str) -> dict[str, str]:
-    """The `# Key: text` lines at the top of a recipe; a line that begins with `#` and blanks continues the one before."""
-    found: dict[str, str] = {}
-    key = ""
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        head, colon, rest = line[1:].strip().partition(": ")
-        if colon and head in HEADER_KEYS:
-            key = head
-            found[key] = rest.strip()
-        elif key and line.startswith("#  "):
-            found[key] += " " + line[1:].strip()
-    return found
+    """The `# Key: text` lines at the top of a recipe: its command, its cost, what was measured."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    pairs = (line[1:].strip().partition(": ") for line in lines)
+    return {key: value.strip() for key, colon, value in pairs if colon and key in HEADER_KEYS}
 
 
 def _find(name_or_file: str) -> Traversable:

@@ -1,0 +1,278 @@
+"""Synthesized images as files: PNG with provenance and its verified reading, grids, and the contact sheet (as in the paper's Fig. 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from engines import store
+from engines.data.batches import to_pixels
+from engines.data.decode import Pixels, read_regular_file
+from engines.data.names import slug
+from engines.errors import DataError
+
+MAX_PNG_BYTES = 1 << 26
+REJECTED = "rejected"  # the folder, inside a class's, of images that the selection dropped
+_NAME = re.compile(r"^(\d{6,9})\.png$")
+
+Labels = npt.NDArray[np.int64]
+
+# ----------------------------------------------------------------------------------------------------------- one image
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a synthesized PNG says about itself; a line of the manifest."""
+
+    plan: str
+    class_id: int
+    class_name: str
+    index: int
+    seed: int
+    kept: bool  # by the selection; dropped images lie in `rejected/`
+    distance: float | None  # of the selection, to the class's real mean
+    pixels_sha256: str
+    versions: str  # JSON, of what made it
+
+    def path(self) -> Path:
+        """The file's place inside the synthesis folder."""
+        return image_path(self.class_name, self.class_id, self.index, self.kept)
+
+    def line(self) -> dict[str, Any]:
+        """The manifest's line."""
+        return {
+            "file": self.path().as_posix(),
+            "class_id": self.class_id,
+            "class": self.class_name,
+            "index": self.index,
+            "kept": self.kept,
+            "distance": self.distance,
+            "pixels_sha256": self.pixels_sha256,
+        }
+
+
+def image_path(class_name: str, class_id: int, index: int, kept: bool = True) -> Path:
+    """`<slug>/000012.png`, or `<slug>/rejected/000012.png`: safe for any class name."""
+    folder = Path(slug(class_name, class_id))
+    return (folder if kept else folder / REJECTED) / f"{index:06d}.png"
+
+
+def pixels_sha256(pixels: Pixels) -> str:
+    """sha256 of an image's shape and values, (H, W, C) uint8."""
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3
+    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def encode_png(pixels: Pixels, record: Record) -> bytes:
+    """PNG of (H, W, C) uint8, C = 1 or 3, with the record as text chunks; equal arguments give equal bytes."""
+    text = PngImagePlugin.PngInfo()
+    for key, value in {
+        "synthetic": "true",
+        "plan": record.plan,
+        "class_id": record.class_id,
+        "class": record.class_name.encode("unicode_escape").decode("ascii"),
+        "index": record.index,
+        "seed": record.seed,
+        "kept": "true" if record.kept else "false",
+        "distance": "" if record.distance is None else repr(record.distance),
+        "pixels_sha256": record.pixels_sha256,
+        "versions": record.versions,
+    }.items():
+        text.add_text(key, str(value))
+    return _png(pixels, text)
+
+
+def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Record]:
+    """The image and record of a synthesized PNG. Raises DataError where it is damaged, or no such file.
+
+    Args:
+        class_name: the class in whose folder it lies; the name inside the file is for people only.
+    """
+    remedy = "the same diffrc synth command makes it again"
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            assert isinstance(image, PngImagePlugin.PngImageFile)
+            image.load()
+            pixels = np.asarray(image, dtype=np.uint8)
+            text = image.text
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        record = Record(
+            plan=text["plan"],
+            class_id=int(text["class_id"]),
+            class_name=class_name,
+            index=int(text["index"]),
+            seed=int(text["seed"]),
+            kept=text["kept"] == "true",
+            distance=float(text["distance"]) if text["distance"] else None,
+            pixels_sha256=text["pixels_sha256"],
+            versions=text["versions"],
+        )
+    except Exception as error:  # the parsers of damaged files raise OSError, SyntaxError, struct.error, KeyError and more
+        raise DataError(f"{origin} is damaged or not a synthesized image: {str(error) or type(error).__name__}", remedy) from error
+    if pixels_sha256(pixels) != record.pixels_sha256:
+        raise DataError(f"{origin}: its pixels do not match their sha256", remedy)
+    return pixels, record
+
+
+# ------------------------------------------------------------------------------------------------------------ a folder
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A synthesized image on the disk: verified pixels (H, W, C) uint8 and their record."""
+
+    pixels: Pixels
+    record: Record
+
+
+def scan_class(folder: Path, names: Sequence[str], class_id: int, plan: str) -> tuple[dict[int, Stored], list[Path]]:
+    """Images of one class in a synthesis folder by index, and the files that look like one but are damaged or of another plan."""
+    good: dict[int, Stored] = {}
+    bad: list[Path] = []
+    for kept in (True, False):
+        place = (folder / image_path(names[class_id], class_id, 0, kept)).parent
+        for path in sorted(place.glob("*.png")):
+            match = _NAME.match(path.name)
+            if not match:
+                continue
+            try:
+                pixels, record = decode_png(read_regular_file(path, MAX_PNG_BYTES), names[class_id], str(path))
+            except DataError:
+                bad.append(path)
+                continue
+            if (record.plan, record.class_id, record.index, record.kept) != (plan, class_id, int(match[1]), kept):
+                bad.append(path)
+            else:
+                good[record.index] = Stored(pixels, record)
+    return good, bad
+
+
+def read_images(folder: Path) -> tuple[Pixels, Labels]:
+    """The kept images of a synthesis folder: (N, H, W, C) uint8 and labels (N,) int64, by class and index.
+
+    Raises DataError where the folder was not made by `diffrc synth`, holds no image, or holds a damaged one.
+    """
+    remedy = "diffrc synth --fill makes the images"
+    if not (folder / "plan.json").exists():
+        raise DataError(f"{folder} holds no synthesized images", remedy)
+    plan = store.read_json(folder / "plan.json")
+    names = plan["identity"]["classes"]
+    images: list[Pixels] = []
+    labels: list[int] = []
+    for class_id in range(len(names)):
+        good, bad = scan_class(folder, names, class_id, plan["plan"])
+        if bad:
+            raise DataError(f"{bad[0]} is damaged or of another plan", "the same diffrc synth command makes it again")
+        kept = [good[index] for index in sorted(good) if good[index].record.kept]
+        images += [image.pixels for image in kept]
+        labels += [class_id] * len(kept)
+    if not images:
+        raise DataError(f"{folder} holds no synthesized images", remedy)
+    return np.stack(images), np.array(labels, dtype=np.int64)
+
+
+# -------------------------------------------------------------------------------------------------------------- sheets
+
+BACKGROUND, INK, FAINT = 255, 32, 150  # gray levels: dark on light
+LEGIBLE_PX = 48  # images smaller than this are scaled up by a whole factor
+
+
+def grid_png(images: Tensor, columns: int, scale: int = 0) -> bytes:
+    """PNG of images side by side, row by row.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1], C = 1 or 3.
+        columns: images in a row.
+        scale: whole factor, nearest neighbor; 0 = so that an image has at least 48 px.
+    """
+    tiles = _scaled(to_pixels(images), scale)  # (N, h, w, C)
+    rows = math.ceil(len(tiles) / columns)
+    height, width, channels = tiles.shape[1:]
+    gap = 2
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), BACKGROUND, dtype=np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = tile
+    return _png(canvas)
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One class of a contact sheet: (n, H, W, C) uint8 originals, or none of them, and generated images."""
+
+    name: str
+    originals: Pixels
+    generated: Pixels
+
+
+def contact_sheet(rows: Sequence[SheetRow], originals: int = 4, generated: int = 10) -> bytes:
+    """PNG: a row a class, its name, up to `originals` real images, a gap, up to `generated` synthesized ones."""
+    assert rows, "a sheet needs a class"
+    left_count = min(originals, max(len(row.originals) for row in rows))
+    right_count = max(1, min(generated, max(len(row.generated) for row in rows)))
+    height, width, _ = _scaled(rows[0].generated if len(rows[0].generated) else rows[0].originals, 0).shape[1:]
+    gap, split, margin, head = 4, 24, 16, 28
+    font = ImageFont.load_default(size=15)
+    small = ImageFont.load_default(size=13)
+    label_width = max(40, min(200, max(math.ceil(font.getlength(_legible(row.name))) for row in rows)))
+    left = margin + label_width + 12
+    right = left + left_count * (width + gap) + (split if left_count else 0)
+    canvas = Image.new("RGB", (right + right_count * (width + gap) + margin, margin + head + len(rows) * (height + gap) + margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    if left_count:
+        draw.text((left, margin), _fitted("original", small, left_count * (width + gap) + split), fill=(FAINT,) * 3, font=small)
+    draw.text((right, margin), "generated", fill=(FAINT,) * 3, font=small)
+    for i, row in enumerate(rows):
+        top = margin + head + i * (height + gap)
+        draw.text((margin, top + height / 2), _fitted(row.name, font, label_width), fill=(INK,) * 3, font=font, anchor="lm")
+        for images, start, count in ((row.originals, left, left_count), (row.generated, right, right_count)):
+            if len(images):
+                for j, tile in enumerate(_scaled(images[:count], 0)):
+                    canvas.paste(_image(tile), (start + j * (width + gap), top))
+    if left_count:
+        x = right - split / 2 - gap / 2
+        draw.line([(x, margin + head), (x, margin + head + len(rows) * (height + gap) - gap)], fill=(FAINT,) * 3)
+    return _png(np.asarray(canvas))
+
+
+def _scaled(images: Pixels, scale: int) -> Pixels:
+    factor = scale or math.ceil(LEGIBLE_PX / images.shape[1])
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def _legible(name: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in name[:200]).replace("_", " ")
+
+
+def _fitted(name: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width_px: int) -> str:
+    text = _legible(name)
+    while len(text) > 1 and font.getlength(text) > width_px:
+        text = text[:-2] + "…"
+    return text
+
+
+def _image(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _png(pixels: Pixels, text: PngImagePlugin.PngInfo | None = None) -> bytes:
+    buffer = io.BytesIO()
+    _image(pixels).save(buffer, format="PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    """Versions as one line of JSON, sorted."""
+    return json.dumps(dict(versions), sort_keys=True)

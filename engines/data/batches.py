@@ -29,7 +29,8 @@ def natural_batch(count: int, batch_size: int, seed: int, step: int, purpose: st
         count: N images.
         purpose: draws of different purposes are independent.
     """
-    assert count > 0 and batch_size > 0 and step >= 0
+    assert count > 0
+    assert step >= 0
     position = step * batch_size + np.arange(batch_size)
     epoch, place = np.divmod(position, count)
     return np.concatenate([_permutation(count, seed, purpose, e)[place[epoch == e]] for e in range(int(epoch[0]), int(epoch[-1]) + 1)])

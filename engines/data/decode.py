@@ -104,7 +104,7 @@ def _opened(data: bytes, origin: str) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise DataError(f"{origin} is not an image in a known format ({', '.join(FORMATS)})", REMEDY) from None
     except Exception as error:  # the parsers of damaged files raise OSError, SyntaxError, struct.error, IndexError and more
-        raise DataError(f"{origin} cannot be decoded: {error or type(error).__name__}", REMEDY) from error
+        raise DataError(f"{origin} cannot be decoded: {str(error) or type(error).__name__}", REMEDY) from error
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -150,7 +150,8 @@ class ArrayReader:
     """Images that are pixels already: (N, h, w, C) uint8, C = 1 or 3."""
 
     def __init__(self, pixels: Pixels, origin: str) -> None:
-        assert pixels.ndim == 4 and pixels.dtype == np.uint8 and pixels.shape[3] in (1, 3)
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[3] in (1, 3)
         self._pixels = pixels
         self._origin = origin
 
@@ -196,7 +197,9 @@ class EncodedReader:
         def chunk(part: Indices) -> list[T]:
             return [work(self._fetch(int(row)), self._origin(int(row))) for row in part]
 
-        return [result for part in _threads().map(chunk, _blocks(rows, self.CHUNK)) for result in part]
+        order = np.argsort(rows, kind="stable")  # a table is read front to back
+        results = [result for part in _threads().map(chunk, _blocks(rows[order], self.CHUNK)) for result in part]
+        return [results[place] for place in np.argsort(order, kind="stable")]
 
 
 @cache

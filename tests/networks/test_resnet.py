@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ def test_resnet32_has_31_convolutions_and_one_linear_layer() -> None:
 
 
 @pytest.mark.parametrize(("build", "size_px", "width"), [(resnet32, 32, 64), (resnet8, 8, 128)])
-def test_logits_are_the_classifier_of_the_features(build: type[ResNet], size_px: int, width: int) -> None:
+def test_logits_are_the_classifier_of_the_features(build: Callable[[int, int], ResNet], size_px: int, width: int) -> None:
     model = build(1, 7).eval()
     x = torch.randn(5, 1, size_px, size_px)
     features = model.features(x)

@@ -80,7 +80,7 @@ def test_a_weight_of_two_is_the_image_given_twice() -> None:
 
 def test_a_prior_leaves_out_a_class_that_cannot_occur() -> None:
     logits = torch.randn(2, 3, requires_grad=True)
-    weighted_cross_entropy(logits, torch.tensor([0, 2]), torch.ones(2), torch.tensor([0.5, 0.0, 0.5]).log()).backward()
+    weighted_cross_entropy(logits, torch.tensor([0, 2]), torch.ones(2), torch.tensor([0.5, 0.0, 0.5]).log()).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
     assert not logits.grad[:, 1].any()

@@ -1,0 +1,427 @@
+"""Does it help? Accuracy by group over seeds, paired intervals, an oracle's purity, and the grid of controls (METHOD section 5).
+
+Every trained recognizer is kept as one JSON cell with the digest of all it depends on, so that the same command resumes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engines import store
+from engines.data.longtail import LongTail
+from engines.evaluation.synthetic import ExtraImages, all_pixels, pixel_hashes, refuse_test_images, replay
+from engines.interrupt import StopRequest, catch_signals
+from engines.progress import Report, silent
+from engines.recipe import RecognizerSection
+from engines.training.recognizer import LOSSES, Loss, TrainingImages, predict, real_images, train_recognizer
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+GROUPS = ("many", "medium", "few")
+COLUMNS = (*GROUPS, "all", "std")
+Variant = Literal["real", "replay", "replay_as_synthetic", "synthetic"]
+VARIANTS: tuple[Variant, ...] = ("real", "replay", "replay_as_synthetic", "synthetic")
+TITLES: dict[str, str] = {
+    "real": "real",
+    "replay": "real + replay",
+    "replay_as_synthetic": "real + replay, treated as synthetic",
+    "synthetic": "real + synthetic",
+    "cross_entropy": "cross-entropy",
+    "balanced_softmax": "balanced softmax",
+}
+CELL_VERSION = 1  # raise it when a change of the code changes what a cell would hold
+RESAMPLES = 2000
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def class_accuracy(predicted: Labels, labels: Labels, classes: int) -> Floats:
+    """Top-1 of each class in percent: (N,), (N,) -> (K,); NaN for a class without test images."""
+    right = np.bincount(labels[predicted == labels], minlength=classes)
+    total = np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(100.0 * right / total)
+
+
+def group_accuracy(per_class: Floats, groups: Sequence[str]) -> dict[str, float]:
+    """Many, medium, few, all and std in percent, from the accuracy of each class (K,) and its group (K).
+
+    A group's figure is the mean over its classes, which on a balanced test set is the share of right images; `all` is the
+    mean over all classes. `std`, the imbalancedness, is the *population* standard deviation of the group figures: that
+    is what the paper's tables print (66.5 / 39.0 / 8.6 gives 23.6). Groups without tested classes are left out.
+    """
+    member = np.array(groups)
+    tested = ~np.isnan(per_class)
+    figures = {g: float(per_class[(member == g) & tested].mean()) for g in GROUPS if ((member == g) & tested).any()}
+    return figures | {"all": float(per_class[tested].mean()), "std": float(np.std(list(figures.values())))}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A figure over seeds: mean, sample standard deviation (0 for one seed), number of seeds."""
+
+    mean: float
+    spread: float
+    n: int
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean and sample standard deviation of at least one value."""
+    return Summary(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference in percentage points and its bootstrap 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def outcome(self) -> Literal["helps", "ties", "hurts"]:
+        """Whether the interval leaves 0 out, and on which side."""
+        return "helps" if self.low > 0 else "hurts" if self.high < 0 else "ties"
+
+
+def paired_difference(a: npt.NDArray[Any], b: npt.NDArray[Any], labels: Labels, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Accuracy of `a` minus that of `b`, in points, with a 95 % interval over seeds and test images.
+
+    Both were trained with the same seeds and tested on the same images, so the differences are taken pair by pair. The
+    bootstrap draws seeds and, within each class, test images with replacement, independently of each other (percentiles
+    2.5 and 97.5). With three seeds the seeds' share of the interval is a guess; more seeds make it an estimate.
+
+    Args:
+        a, b: (S, N) 1 where seed s is right on test image n, else 0.
+        labels: (N,) classes of the test images that count; the difference is the mean over these classes.
+    """
+    random = np.random.default_rng(seed)
+    difference = a.astype(np.float64) - b
+    seeds = len(difference)
+    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds  # (R, S)
+    present = np.unique(labels)
+    resampled = np.zeros(resamples)
+    for label in present:
+        of_class = difference[:, labels == label]  # (S, n)
+        n = of_class.shape[1]
+        image_weights = random.multinomial(n, np.full(n, 1 / n), resamples) / n  # (R, n)
+        resampled += ((seed_weights @ of_class) * image_weights).sum(1) / len(present)
+    observed = np.mean([difference[:, labels == label].mean() for label in present])
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Interval(100.0 * float(observed), 100.0 * float(low), 100.0 * float(high))
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of training: its figures by column (`COLUMNS`, empty groups left out) and the mean accuracy of each class."""
+
+    variant: Variant
+    loss: Loss
+    figures: dict[str, Summary]
+    per_class: tuple[float | None, ...]  # (K,) percent; None where the test set has no image
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way of training against another on the rarest group, seed by seed and image by image."""
+
+    loss: Loss
+    variant: Variant
+    against: Variant
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Purity:
+    """What an oracle, trained on the whole training split, says of the synthetic images. It reports and never chooses."""
+
+    overall: float  # percent of the synthetic images that it assigns to the class they were made for
+    per_class: tuple[float | None, ...]  # (K,); None where nothing was made
+    oracle_accuracy: float  # percent, on the test set: how far to trust it
+    oracle_images: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """The answer, ready for JSON, the terminal and the report."""
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    counts: tuple[int, ...]
+    synthetic_counts: tuple[int, ...]
+    test_images: int
+    test_images_in_train: int  # pixel by pixel; duplicates that the data set itself holds
+    seeds: int
+    column: str  # the rarest group that is there: what the comparisons are about
+    rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...]
+    purity: Purity | None
+
+    def row(self, variant: Variant, loss: Loss) -> Row:
+        return next(row for row in self.rows if (row.variant, row.loss) == (variant, loss))
+
+    def comparison(self, against: Variant, loss: Loss) -> Comparison:
+        """Real + synthetic against a control."""
+        return next(c for c in self.comparisons if (c.against, c.loss) == (against, loss))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the outcomes and the verdict spelled out."""
+        table: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for entry, comparison in zip(table["comparisons"], self.comparisons, strict=True):
+            entry["outcome"] = comparison.interval.outcome
+        return {"version": CELL_VERSION, "verdict": verdict(self), **table}
+
+
+def verdict(table: Table) -> str:
+    """One sentence: does it help against the stronger control, and what is left of it beside balanced softmax?"""
+    controls: list[Variant] = ["real", "replay"]
+    plain = max(controls, key=lambda v: table.row(v, "cross_entropy").figures[table.column].mean)
+    words = {"helps": "Synthesis helps", "ties": "Synthesis neither helps nor hurts", "hurts": "Synthesis hurts"}
+    first = table.comparison(plain, "cross_entropy").interval
+    second = table.comparison("real", "balanced_softmax").interval
+    seeds = "1 seed" if table.seeds == 1 else f"{table.seeds} seeds"
+    against = "plain cross-entropy" if plain == "real" else "replay"
+    return (
+        f"{words[first.outcome]}: on the {table.column} classes it is {_points(first)} against {against}, the stronger control of "
+        f"cross-entropy, and with balanced softmax it {second.outcome}, {_points(second)} against balanced softmax alone "
+        f"({seeds}, 95 % intervals)."
+    )
+
+
+def _points(interval: Interval) -> str:
+    return f"{interval.difference:+.1f} points [{interval.low:+.1f}, {interval.high:+.1f}]".replace("-", "\N{MINUS SIGN}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- grid
+
+
+def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, report: Report = silent) -> Table:
+    """Train and test {real, real + replay, real + synthetic} x {cross-entropy, balanced softmax} x seeds.
+
+    `replay` duplicates real images of a class as often as there are synthetic ones, at weight 1, as oversampling does;
+    `replay_as_synthetic` puts the same duplicates exactly where the synthetic images would be (loss weight, no prior, last
+    phase on real images), so that only the images differ. Each recognizer runs on one thread, as many at a time as there
+    are processors: small networks gain little from threads, and the figures do not depend on how many there are.
+
+    Args:
+        longtail: train and test; the pool goes to the oracle alone.
+        synthetic: at least one image, none of them in the test set.
+        folder: cells are kept in `folder/cells`; a cell is trained anew when anything it depends on has changed.
+        report: hears "evaluate" after each cell.
+
+    Raises: DataError for synthetic images that are test images, Interrupted by a signal, NumericsError, StorageError.
+    """
+    assert len(synthetic), "nothing was synthesized"
+    refuse_test_images(synthetic, longtail.test)
+    classes = len(longtail.names)
+    test_pixels, test_labels = all_pixels(longtail.test), longtail.test.labels
+    train_pixels = all_pixels(longtail.train)
+    real = real_images(train_pixels, longtail.train.labels)
+    synthetic_counts = synthetic.counts(classes)
+
+    def images_of(variant: Variant, seed: int) -> TrainingImages:
+        if variant == "real":
+            return real
+        if variant == "synthetic":
+            return real.add(synthetic.pixels, synthetic.labels, section.synthetic_weight)
+        extra = replay(longtail.train, synthetic_counts, seed)
+        if variant == "replay":
+            return real.add(extra.pixels, extra.labels, is_extra=False)
+        return real.add(extra.pixels, extra.labels, section.synthetic_weight)
+
+    def cell(variant: Variant, loss: Loss, seed: int) -> Cell:
+        def train(hear: Report) -> dict[str, Any]:
+            model = train_recognizer(images_of(variant, seed), classes, section, loss, seed, device, hear)
+            return {"predicted": predict(model, test_pixels).tolist()}
+
+        path = folder / "cells" / f"{variant}.{loss}.{seed}.json"
+        return Cell(path, _digest(images_of(variant, seed), section, loss, seed, test_pixels), train)
+
+    device = _device()
+    keys = [(variant, loss, seed) for seed in range(section.seeds) for loss in LOSSES for variant in VARIANTS]
+    oracle = _oracle_cell(longtail, synthetic, section, folder, device)
+    *results, oracle_result = _run_cells([*(cell(*key) for key in keys), oracle], device, report)
+    predicted = {key: np.array(result["predicted"], dtype=np.int64) for key, result in zip(keys, results, strict=True)}
+
+    column = next(g for g in reversed(GROUPS) if g in longtail.groups)
+    of_column = np.isin(test_labels, longtail.classes_of(column))
+    correct = {
+        (variant, loss): np.stack([predicted[variant, loss, seed] == test_labels for seed in range(section.seeds)])[:, of_column]
+        for variant in VARIANTS
+        for loss in LOSSES
+    }
+    return Table(
+        names=longtail.names,
+        groups=tuple(longtail.groups),
+        counts=tuple(longtail.counts.tolist()),
+        synthetic_counts=tuple(synthetic_counts.tolist()),
+        test_images=len(test_labels),
+        test_images_in_train=len(pixel_hashes(train_pixels) & pixel_hashes(test_pixels)),
+        seeds=section.seeds,
+        column=column,
+        rows=tuple(
+            _row(variant, loss, [predicted[variant, loss, seed] for seed in range(section.seeds)], test_labels, longtail.groups)
+            for loss in LOSSES
+            for variant in VARIANTS
+        ),
+        comparisons=tuple(
+            Comparison(
+                loss, "synthetic", against, paired_difference(correct["synthetic", loss], correct[against, loss], test_labels[of_column])
+            )
+            for loss in LOSSES
+            for against in VARIANTS
+            if against != "synthetic"
+        ),
+        purity=_purity(oracle_result, synthetic.labels, classes, len(longtail.pool)),
+    )
+
+
+def class_purity(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, report: Report = silent) -> Purity:
+    """The share of synthetic images of class k that an oracle, trained on `longtail.pool`, takes for class k."""
+    device = _device()
+    [result] = _run_cells([_oracle_cell(longtail, synthetic, section, folder, device)], device, report)
+    return _purity(result, synthetic.labels, len(longtail.names), len(longtail.pool))
+
+
+def _oracle_cell(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, device: torch.device) -> Cell:
+    images = real_images(all_pixels(longtail.pool), longtail.pool.labels)
+    test_pixels = all_pixels(longtail.test)
+
+    def train(hear: Report) -> dict[str, Any]:
+        model = train_recognizer(images, len(longtail.names), section, "cross_entropy", 0, device, hear)
+        right = predict(model, test_pixels) == longtail.test.labels
+        return {"accuracy": 100.0 * float(right.mean()), "predicted": predict(model, synthetic.pixels).tolist()}
+
+    asked = np.concatenate([synthetic.pixels.reshape(-1), test_pixels.reshape(-1)])
+    return Cell(folder / "cells" / "oracle.json", _digest(images, section, "cross_entropy", 0, asked), train)
+
+
+def _purity(result: Mapping[str, Any], labels: Labels, classes: int, oracle_images: int) -> Purity:
+    predicted = np.array(result["predicted"], dtype=np.int64)
+    per_class = class_accuracy(predicted, labels, classes)
+    return Purity(100.0 * float((predicted == labels).mean()), _nullable(per_class), float(result["accuracy"]), oracle_images)
+
+
+def _row(variant: Variant, loss: Loss, predicted: Sequence[Labels], labels: Labels, groups: Sequence[str]) -> Row:
+    per_class = np.stack([class_accuracy(p, labels, len(groups)) for p in predicted])  # (S, K)
+    by_seed = [group_accuracy(accuracy, groups) for accuracy in per_class]
+    figures = {column: summarize([seed[column] for seed in by_seed]) for column in COLUMNS if column in by_seed[0]}
+    return Row(variant, loss, figures, _nullable(per_class.mean(0)))
+
+
+def _nullable(values: Floats) -> tuple[float | None, ...]:
+    return tuple(None if np.isnan(v) else float(v) for v in values)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training whose result is kept: where, the digest of all it depends on, and how to make it."""
+
+    path: Path
+    digest: str
+    make: Callable[[Report], dict[str, Any]]
+
+    def stored(self) -> dict[str, Any] | None:
+        """The kept result, or None where there is none, or one of other inputs."""
+        if not self.path.exists():
+            return None
+        kept: dict[str, Any] = store.read_json(self.path)
+        return kept if kept.get("digest") == self.digest else None
+
+
+class _Stopped(Exception):
+    """Ends a cell's training when the command is being stopped."""
+
+
+def _run_cells(cells: Sequence[Cell], device: torch.device, report: Report) -> list[dict[str, Any]]:
+    """Results of all cells, in order; those that are not kept are made and committed one by one."""
+    results = [cell.stored() for cell in cells]
+    todo = [i for i, result in enumerate(results) if result is None]
+    workers = (
+        1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    )
+    report("evaluate", len(cells) - len(todo), len(cells), {})
+    with catch_signals() as stop, _one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        hear = _stoppable(stop)
+        jobs = {pool.submit(_one_threaded, cells[i].make, hear): i for i in todo}
+        try:
+            for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1 + len(cells) - len(todo)):
+                i = jobs[job]
+                result = {"digest": cells[i].digest, **job.result()}
+                store.write_json(cells[i].path, result)
+                results[i] = result
+                report("evaluate", done, len(cells), {})
+        except _Stopped:
+            made = sum(result is not None for result in results)
+            raise stop.error(f"{made} of {len(cells)} recognizers are trained and kept") from None
+        finally:
+            for job in jobs:
+                job.cancel()
+    return [result for result in results if result is not None]
+
+
+def _stoppable(stop: StopRequest) -> Report:
+    def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if stop.requested:
+            raise _Stopped
+
+    return hear
+
+
+def _one_threaded(make: Callable[[Report], dict[str, Any]], hear: Report) -> dict[str, Any]:
+    hear("cell", 0, 1, {})
+    torch.set_num_threads(1)  # OpenMP keeps this number per calling thread
+    return make(hear)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _digest(images: TrainingImages, section: RecognizerSection, loss: Loss, seed: int, asked: npt.NDArray[np.uint8]) -> str:
+    """sha256 of what a cell's result depends on; keys that cannot matter are left out, so that changing them keeps the cell."""
+    exclude = {"seeds", "synthetic_weight"}  # the weights are hashed themselves
+    if not bool(images.is_extra.any()):
+        exclude |= {"synthetic_prior", "real_only_fraction"}
+    elif loss == "cross_entropy":
+        exclude |= {"synthetic_prior"}
+    settings = {
+        "cell": CELL_VERSION,
+        "torch": torch.__version__,
+        "loss": loss,
+        "seed": seed,
+        **section.model_dump(mode="json", exclude=exclude),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in (images.pixels, images.labels, images.weights, images.is_extra):
+        digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    digest.update(np.ascontiguousarray(asked).data)
+    return digest.hexdigest()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,7 +20,7 @@ from engines.errors import UsageError
 
 MAX_RECIPE_BYTES = 1 << 20
 
-Count = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=1, lt=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,7 +37,7 @@ class DataSection(Section):
     """Which images, and the long tail that is cut out of them (METHOD section 0, LONGTAIL D1-D2)."""
 
     source: Literal["digits", "cifar10", "cifar100", "parquet", "folder", "list"] = "digits"
-    path: str = ""  # the data set's folder or archive; `--data` wins
+    path: Annotated[str, Field(pattern=r"^[^\x00]*$")] = ""  # the data set's folder or archive; `--data` wins
     image_size_px: Count = 32  # images are center-cropped and resized to this square
     image_channels: Literal[1, 3] = 3
     test_per_class: CountOrZero = 50  # images a class held out where the source has no test split of its own
@@ -224,18 +224,41 @@ class Recipe(Section):
     recognizer: RecognizerSection = RecognizerSection()
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        size = self.data.image_size_px
-        for section, mult in (("unet", self.unet.channel_mult), ("guide", self.guide.channel_mult)):
-            if size % 2 ** (len(mult) - 1):
-                raise ValueError(f"data.image_size_px {size} cannot be halved {len(mult) - 1} times ({section}.channel_mult)")
+    def _values_fit(self) -> Self:
+        mistakes = [*_network_mistakes("unet", self.unet, self.data), *_network_mistakes("guide", self.guide, self.data)]
         if self.synth.steps > self.diffusion.steps:
-            raise ValueError(f"synth.steps {self.synth.steps} exceeds diffusion.steps {self.diffusion.steps}")
+            mistakes.append(f"synth.steps {self.synth.steps} exceeds diffusion.steps {self.diffusion.steps}")
         if self.synth.batch_size > self.export.max_batch:
-            raise ValueError(f"synth.batch_size {self.synth.batch_size} exceeds export.max_batch {self.export.max_batch}")
+            mistakes.append(f"synth.batch_size {self.synth.batch_size} exceeds export.max_batch {self.export.max_batch}")
         if self.synth.classifier_free_scale and not self.unet.class_cond:
-            raise ValueError("synth.classifier_free_scale needs unet.class_cond = true")
+            mistakes.append("synth.classifier_free_scale needs unet.class_cond = true")
+        first, last = self.synth.guidance_interval
+        if first > last:
+            mistakes.append(f"synth.guidance_interval [{first}, {last}] is empty")
+        if self.data.few_below > self.data.many_above + 1:
+            mistakes.append(f"data.few_below {self.data.few_below} overlaps data.many_above {self.data.many_above}")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
         return self
+
+
+def _network_mistakes(section: str, network: UNetSection | GuideSection, data: DataSection) -> list[str]:
+    """Levels that cannot be halved, attention at sizes that do not occur, channels that do not split into heads."""
+    levels = len(network.channel_mult)
+    if data.image_size_px % 2 ** (levels - 1):
+        return [f"data.image_size_px {data.image_size_px} cannot be halved {levels - 1} times ({section}.channel_mult)"]
+    sizes = [data.image_size_px // 2**level for level in range(levels)]
+    mistakes = [
+        f"{section}.attention_resolutions {size} is no level of {section}.channel_mult at data.image_size_px {data.image_size_px}: {sizes}"
+        for size in network.attention_resolutions
+        if size not in sizes
+    ]
+    for level, (size, mult) in enumerate(zip(sizes, network.channel_mult, strict=True)):
+        attends = size in network.attention_resolutions or level == levels - 1  # the middle block, of the last width, always does
+        if attends and mult * network.model_channels % network.num_head_channels:
+            width = mult * network.model_channels
+            mistakes.append(f"{section}.num_head_channels {network.num_head_channels} does not divide the {width} channels at {size} px")
+    return mistakes
 
 
 def load(text: str, overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:
@@ -253,21 +276,22 @@ def load(text: str, overrides: Sequence[str] = (), origin: str = "recipe") -> Re
         raise UsageError(f"{origin} is larger than 1 MiB", "a recipe is a page of TOML: diffrc recipe show digits-lt")
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of thousands of digits; arrays nested by hundreds
         raise UsageError(f"{origin} is not valid TOML: {error}", "diffrc recipe show digits-lt shows one that is") from None
-    for item in overrides:
-        _override(table, item)
-    return validate(table, origin)
+    return validate(table, origin, [mistake for item in overrides if (mistake := _override(table, item))])
 
 
-def validate(table: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """Check a parsed table against the schema. Raises UsageError with all mistakes at once."""
+def validate(table: Mapping[str, Any], origin: str = "recipe", mistakes: Sequence[str] = ()) -> Recipe:
+    """Check a parsed table against the schema. Raises UsageError with all mistakes at once, `mistakes` already known first."""
+    found = list(mistakes)
     try:  # JSON mode is strict about numbers and strings, yet reads TOML's arrays as tuples
-        return Recipe.model_validate_json(json.dumps(table, default=str))
+        recipe = Recipe.model_validate_json(json.dumps(table, default=str))
+        if not found:
+            return recipe
     except ValidationError as error:
-        mistakes = sorted({_mistake(dict(e)) for e in error.errors(include_url=False)})
-    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    raise UsageError(f"{count} in {origin}: " + "; ".join(mistakes), "diffrc recipe show NAME lists every key and its value")
+        found += sorted({_mistake(dict(e)) for e in error.errors(include_url=False)})
+    count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
+    raise UsageError(f"{count} in {origin}: " + "; ".join(found), "diffrc recipe show NAME lists every key and its value")
 
 
 def digest(section: BaseModel | Mapping[str, Any]) -> str:
@@ -296,29 +320,35 @@ def to_toml(recipe: Recipe) -> str:
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """`load` a file. Raises UsageError where it cannot be read as UTF-8 text."""
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise UsageError(f"{path} is larger than 1 MiB", "a recipe is a page of TOML: diffrc recipe show digits-lt")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(MAX_RECIPE_BYTES + 1).decode()  # bounded: the file may be a device; `load` refuses the excess
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}", "diffrc recipe ls lists the embedded recipes") from None
     return load(text, overrides, origin=str(path))
 
 
-def _override(table: dict[str, Any], item: str) -> None:
+def _override(table: dict[str, Any], item: str) -> str:
+    """Set one key of the table; what is wrong with the item, or nothing."""
     key, equals, raw = item.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
-        raise UsageError(f"--set {item!r} is not of the form section.key=value", "for example: --set source.train_steps=200")
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
+        return f"--set {item!r} is not of the form section.key=value (for example source.train_steps=200)"
     node = table
     for part in path[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UsageError(f"--set {item!r}: {part!r} is a value, not a section", "diffrc recipe show NAME lists every key")
-    node[path[-1]] = value
+            return f"--set {item!r}: {part!r} is a value, not a section"
+    node[path[-1]] = _parsed(raw)
+    return ""
+
+
+def _parsed(raw: str) -> Any:
+    """A TOML value, or else the string as it is: `--set data.path=/photos` needs no quotes."""
+    try:
+        table = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return raw.strip()
+    return table["value"] if len(table) == 1 else raw.strip()
 
 
 def _mistake(error: dict[str, Any]) -> str:
@@ -327,12 +357,18 @@ def _mistake(error: dict[str, Any]) -> str:
         section = Recipe.model_fields.get(str(error["loc"][0])) if len(error["loc"]) > 1 else None
         model = section.annotation if section else Recipe
         fields: Iterable[str] = getattr(model, "model_fields", {})
-        near = difflib.get_close_matches(str(error["loc"][-1]), list(fields), n=1, cutoff=0.5)
-        return f"unknown key {where!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        return f"unknown key {where!r}{_suggestion(str(error['loc'][-1]), fields)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if isinstance(error.get("input"), dict) else f", not {json.dumps(error.get('input'), default=str)[:80]}"
     return f"{where}: {message}{given}" if where else message
+
+
+def _suggestion(key: str, fields: Iterable[str]) -> str:
+    """The sections that hold the key, else the nearest key of its own section."""
+    homes = [name for name, field in Recipe.model_fields.items() if key in getattr(field.annotation, "model_fields", {})]
+    near = [f"{home}.{key}" for home in homes] or difflib.get_close_matches(key, list(fields), n=1, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
 def _flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -346,4 +382,4 @@ def _flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers and booleans are TOML's
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's strings, numbers, booleans are TOML's but for DEL

@@ -1,0 +1,192 @@
+"""What an inference engine is, and the card without which no engine file is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from engines import store
+from engines.diffusion.noise import batch_noise, image_key
+from engines.errors import DataError, EngineError, ParityError
+
+SELF_TEST_MARGIN = 10.0  # other processors choose other kernels: load-time agreement may be this many times the export's tolerance
+SELF_TEST_VALUES = 64
+REMEDY = "diffrc export makes it anew"
+
+
+class EngineCard(BaseModel):
+    """What an engine file is, measured when it was made: the JSON beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal[1] = 1
+    kind: Literal["torch", "onnx"]
+    precision: Literal["fp32"]
+    recipe_sha256: str  # of the sections that shape the network and its export
+    weights_sha256: str  # `weights_sha256` of the network
+    file_sha256: str  # of the engine file; "" where there is none (torch)
+    image_size_px: int
+    image_channels: int  # C
+    out_channels: int  # C, or 2C with a learned variance
+    classes: int  # rows of the label embedding, the last of them the null label; 0 = unconditional
+    timesteps: int  # T: t is 0..T-1
+    max_batch: int
+    opset: int  # 0 where there is none
+    versions: dict[str, str]  # of the packages that made it
+    tolerance: float  # relative L2 of one evaluation that the export was held to
+    one_step_error: float  # the worst that was measured
+    trajectory_psnr_db: float  # of a short trajectory, the worst image
+    self_test: tuple[float, ...]  # torch's values at `self_test_input`, thinned out
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.image_channels, self.image_size_px, self.image_size_px
+
+
+class Engine(Protocol):
+    """A denoising network that can be evaluated, wherever it runs."""
+
+    @property
+    def card(self) -> EngineCard:
+        """What it is."""
+        ...
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: (B, C, H, W) float32, B <= card.max_batch; the caller pads.
+            t: (B,) int64 training timesteps.
+            y: (B,) int64 labels where the network is conditional, else None.
+
+        Returns: (B, card.out_channels, H, W) float32 on x's device; never a view of an engine's buffer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine file that is what its card says: its bytes are read once and checked."""
+
+    data: bytes
+    card: EngineCard
+
+
+def card_path(engine: Path) -> Path:
+    """The card of `target.onnx` is `target.json`."""
+    return engine.with_suffix(".json")
+
+
+def read_card(engine: Path) -> EngineCard:
+    """The card beside an engine file. Raises EngineError where either is missing or the card is not one of this version."""
+    path = card_path(engine)
+    for file in (engine, path):
+        if not file.is_file():
+            raise EngineError(f"there is no {'card' if file == path else 'engine'} {file}", "diffrc export")
+    try:
+        return EngineCard.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = f"{len(error.errors())} wrong or missing values" if isinstance(error, ValidationError) else str(error)
+        raise EngineError(f"{path} is not the card of an engine of this version: {reason}", REMEDY) from None
+
+
+def read_engine(path: Path) -> EngineFile:
+    """An engine file with its card. Raises EngineError where one is missing or they do not belong together."""
+    card = read_card(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}", REMEDY) from None
+    if hashlib.sha256(data).hexdigest() != card.file_sha256:
+        raise EngineError(f"{path} is not the file that its card describes", REMEDY)
+    return EngineFile(data, card)
+
+
+def write_engine(path: Path, data: bytes, card: EngineCard) -> None:
+    """Commit an engine file, then its card: killed between the two, what lies there is refused. Raises StorageError."""
+    assert hashlib.sha256(data).hexdigest() == card.file_sha256
+    store.write_bytes(path, data)
+    store.write_text(card_path(path), card.model_dump_json(indent=1) + "\n")
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """sha256 of every parameter and buffer: names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        total.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        total.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return total.hexdigest()
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def example_input(card: EngineCard, batch: int, first_t: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A fixed input of a network: noise, timesteps spread over 0..T-1 from `first_t` on, labels in turn."""
+    x = batch_noise([image_key(0, 0, i) for i in range(batch)], 0, card.shape)
+    t = (first_t + torch.arange(batch) * max(1, card.timesteps // 7)) % card.timesteps
+    return x, t, torch.arange(batch) % card.classes if card.classes else None
+
+
+def thinned(output: Tensor) -> Tensor:
+    """At most SELF_TEST_VALUES values of an output, evenly spread."""
+    flat = output.detach().float().cpu().flatten()
+    at = np.unique(np.linspace(0, len(flat) - 1, SELF_TEST_VALUES).round().astype(np.int64))
+    return flat[torch.from_numpy(at)]
+
+
+def self_test_batch(card: EngineCard) -> int:
+    """Images of the load-time self-test."""
+    return min(3, card.max_batch)
+
+
+def self_test(engine: Engine, origin: str) -> None:
+    """Evaluate the fixed input and compare with what torch gave. Raises ParityError naming both numbers."""
+    card = engine.card
+    x, t, y = example_input(card, self_test_batch(card), 0)
+    expected = torch.tensor(card.self_test, dtype=torch.float32)
+    found = thinned(engine(x, t, y))
+    error = relative_error(found, expected) if found.shape == expected.shape else float("inf")
+    limit = SELF_TEST_MARGIN * card.tolerance
+    if not error <= limit:  # also where it is not a number
+        raise ParityError(f"{origin} disagrees with torch: relative error {error:.2g}, {limit:.2g} allowed", REMEDY)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; infinite where `expected` is 0 and `found` is not."""
+    difference, size = float((found - expected).norm()), float(expected.norm())
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def check_input(card: EngineCard, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+    """Hold callers to the contract of `Engine`; also keeps a runtime from reading outside its tables."""
+    batch = len(x)
+    assert x.shape[1:] == card.shape and x.dtype == torch.float32, f"{tuple(x.shape)} {x.dtype} for {card.shape}"
+    assert 1 <= batch <= card.max_batch, f"batch {batch}, at most {card.max_batch}"
+    assert t.shape == (batch,) and t.dtype == torch.int64 and int(t.min()) >= 0 and int(t.max()) < card.timesteps
+    assert (y is not None) == bool(card.classes), "labels go with a conditional network, and only with one"
+    if y is not None:
+        assert y.shape == (batch,) and y.dtype == torch.int64 and int(y.min()) >= 0 and int(y.max()) < card.classes
+
+
+def unreadable(path: Path | str, reason: str) -> DataError:
+    """The refusal of an engine file's content."""
+    return DataError(f"{path} is refused: {reason}", REMEDY)

@@ -80,8 +80,11 @@ def resnet32(image_channels: int, classes: int, generator: torch.Generator | Non
 
 
 def resnet8(image_channels: int, classes: int, generator: torch.Generator | None = None) -> ResNet:
-    """One block a stage, 32/64/128 wide, 8 px -> 4 -> 2: 297,450 parameters for gray images and 10 classes."""
-    return ResNet(image_channels, classes, widths=(32, 64, 128), blocks=1, generator=generator)
+    """One block a stage, 16/32/64 wide, 8 px -> 4 -> 2: 75,002 parameters for gray images and 10 classes.
+
+    Twice as wide it was no better on held-out digits and took twice as long.
+    """
+    return ResNet(image_channels, classes, widths=(16, 32, 64), blocks=1, generator=generator)
 
 
 ARCHITECTURES: dict[Architecture, Callable[[int, int, torch.Generator | None], ResNet]] = {"resnet32": resnet32, "resnet8": resnet8}

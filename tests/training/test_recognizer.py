@@ -101,7 +101,7 @@ def test_a_recognizer_learns_a_separable_toy_set() -> None:
     model = train_recognizer(real_images(*toy(60)), 3, section(train_steps=60), "cross_entropy", seed=1)
     pixels, labels = toy(90, seed=9)
     assert (predict(model, pixels) == labels).mean() > 0.95
-    assert features(model, pixels).shape == (90, 128)
+    assert features(model, pixels).shape == (90, 64)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:

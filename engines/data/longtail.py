@@ -45,19 +45,30 @@ class LongTail:
         assert set(groups) <= set(GROUPS), groups
         return np.flatnonzero([group in groups for group in self.groups])
 
+    @property
+    def imbalance(self) -> float:
+        """N_k of the largest class over that of the smallest."""
+        return float(self.counts.max() / self.counts.min())
+
+    def table(self) -> dict[str, Any]:
+        """The class table of a run, as JSON values: names, counts and groups in label order, and the kept images' hash."""
+        return {
+            "names": list(self.names),
+            "counts": self.counts.tolist(),
+            "groups": list(self.groups),
+            "kept_sha256": self.kept_sha256,
+        }
+
     def summary(self) -> dict[str, Any]:
-        """What identifies and describes the set, as plain JSON values."""
+        """The class table with totals, as JSON values. Reads no image."""
+        members = {group: self.classes_of(group) for group in GROUPS}
         return {
             "images": len(self.train),
             "test_images": len(self.test),
-            "skipped_images": self.train.skipped + self.test.skipped,
-            "classes": [
-                {"id": k, "name": name, "images": int(count), "group": group}
-                for k, (name, count, group) in enumerate(zip(self.names, self.counts, self.groups, strict=True))
-            ],
-            "imbalance": float(self.counts.max() / self.counts.min()),
-            "groups": {g: {"classes": len(self.classes_of(g)), "images": int(self.counts[self.classes_of(g)].sum())} for g in GROUPS},
-            "kept_sha256": self.kept_sha256,
+            "skipped_images": self.pool.skipped + self.test.skipped,
+            "imbalance": self.imbalance,
+            "group_sizes": {g: {"classes": len(k), "images": int(self.counts[k].sum())} for g, k in members.items()},
+            **self.table(),
         }
 
 

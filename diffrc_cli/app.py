@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -9,13 +10,16 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from diffrc_cli import __version__, console, recipe
-from engines.errors import DiffRCError, Interrupted
+from engines.errors import DiffRCError, Interrupted, StorageError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 INTERNAL_ERROR, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -86,18 +90,29 @@ def _tell(failure: Exception) -> int:
     if isinstance(failure, typer.Abort):
         console.error("aborted", "the same command again")
         return INTERRUPTED
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        console.error(f"cannot write: {failure.strerror}", "free some space, then the same command again")
+        return StorageError.exit_code
     console.error(f"internal error: {type(failure).__name__}: {failure}", "the same command with --debug shows where; please report it")
     return INTERNAL_ERROR
 
 
 class _Outlet(io.FileIO):
-    """A standard stream whose reader may leave (`| head`): the work goes on, and the exit code stays that of the work."""
+    """A standard stream whose reader may leave (`| head`): the work goes on, and the exit code stays that of the work.
 
-    def write(self, data: object) -> int:
+    Any other failure (`> file` on a full disk) is raised once; what is still buffered then is dropped.
+    """
+
+    broken = False
+
+    def write(self, data: Buffer, /) -> int:
         try:
-            return super().write(data)  # type: ignore[arg-type]
-        except BrokenPipeError:
-            return len(data)  # type: ignore[arg-type]
+            return len(memoryview(data)) if self.broken else super().write(data)
+        except OSError as failure:
+            self.broken = True
+            if not isinstance(failure, BrokenPipeError):
+                raise
+            return len(memoryview(data))
 
 
 def _keep_streams_alive() -> None:

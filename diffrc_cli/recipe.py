@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -123,12 +124,12 @@ def diff(a: NameOrFile, b: NameOrFile, json: JsonOption = False) -> None:
 
 
 def embedded() -> dict[str, Traversable]:
-    """The recipes that come with DiffRC, by name: the wheel's `diffrc_cli/recipes`, or the checkout's `recipes`."""
+    """The recipes that come with DiffRC, by name, the default first: the wheel's `diffrc_cli/recipes`, or the checkout's `recipes`."""
     folder: Traversable = resources.files("diffrc_cli") / "recipes"
     if not folder.is_dir():
         folder = Path(__file__).parent.parent / "recipes"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {file.name.removesuffix(".toml"): file for file in files}
+    files = {file.name.removesuffix(".toml"): file for file in folder.iterdir() if file.name.endswith(".toml")}
+    return {name: files[name] for name in sorted(files, key=_order)}
 
 
 def resolve(name_or_file: str | None, overrides: Sequence[str] | None = None) -> Recipe:
@@ -159,12 +160,17 @@ def header_of(text: str) -> dict[str, str]:
     return {key: value.strip() for key, colon, value in pairs if colon and key in HEADER_KEYS}
 
 
+def _order(name: str) -> tuple[bool, list[str | int]]:
+    """The default first, then by name, with numbers by value."""
+    return name != DEFAULT_NAME, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def _find(name_or_file: str) -> Traversable:
     names = embedded()
     if name_or_file in names:
         return names[name_or_file]
     path = Path(name_or_file)
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a pipe is as good as a file
         return path
     if path.suffix == ".toml" or len(path.parts) > 1:
         raise UsageError(f"there is no recipe file {name_or_file}", "diffrc recipe ls lists the embedded ones")

@@ -1,0 +1,93 @@
+"""recipes/*.toml: each loads, says in its first lines what it costs and gave, and holds the figures of its source."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from diffrc_cli.recipe import HEADER_KEYS, embedded, header_of
+from engines.recipe import Recipe, load
+
+FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+CIFAR_LT = {  # data set, imbalance -> images, as published with the data sets
+    ("cifar10", 100): 12_406,
+    ("cifar10", 50): 13_996,
+    ("cifar10", 10): 20_431,
+    ("cifar100", 100): 10_847,
+    ("cifar100", 50): 12_608,
+    ("cifar100", 10): 19_573,
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    return load(embedded()[name].read_text(encoding="utf-8"))
+
+
+def test_the_recipes_of_the_project_are_all_there() -> None:
+    cifar = {f"{data}-lt-{imbalance}" for data, imbalance in CIFAR_LT}
+    assert set(embedded()) == {"digits-lt", "imagenet-lt-64", "imagenet-lt-256", "folder"} | cifar
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_named_as_its_file(path: Path) -> None:
+    assert load(path.read_text(encoding="utf-8"), origin=path.name).name == path.stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_first_lines_say_the_command_the_cost_and_what_was_measured(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert [line[1:].partition(":")[0].strip() for line in text.splitlines()[:3]] == list(HEADER_KEYS)
+    header = header_of(text)
+    assert re.match(rf"diffrc run {re.escape(path.stem)}( |$)", header["Command"])
+    assert header["Cost"]
+    assert header["Measured"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_sets_no_key_twice_and_leaves_no_section_empty(path: Path) -> None:
+    table = tomllib.loads(path.read_text(encoding="utf-8"))  # TOML itself refuses a key set twice
+    assert [key for key, value in table.items() if value == {}] == []
+
+
+@pytest.mark.parametrize(("data", "imbalance"), CIFAR_LT)
+def test_a_cifar_recipe_states_the_images_that_its_profile_keeps(data: str, imbalance: int) -> None:
+    name = f"{data}-lt-{imbalance}"
+    recipe = recipe_of(name)
+    classes, largest = (10, 5000) if data == "cifar10" else (100, 500)
+    counts = [int(largest * recipe.data.imbalance ** (-i / (classes - 1))) for i in range(classes)]
+    assert (recipe.data.source, recipe.data.imbalance) == (data, imbalance)
+    assert sum(counts) == CIFAR_LT[data, imbalance]
+    assert f"{sum(counts):,} training images, {counts[0]} to {counts[-1]} a class" in embedded()[name].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("data", "imbalance"), CIFAR_LT)
+def test_no_group_of_a_cifar_recipe_is_empty(data: str, imbalance: int) -> None:
+    settings = recipe_of(f"{data}-lt-{imbalance}").data
+    classes, largest = (10, 5000) if data == "cifar10" else (100, 500)
+    counts = [int(largest * imbalance ** (-i / (classes - 1))) for i in range(classes)]
+    if settings.groups == "ranks":
+        assert sum(settings.group_sizes) == classes
+        assert min(settings.group_sizes) > 0
+    else:
+        many = sum(n > settings.many_above for n in counts)
+        few = sum(n < settings.few_below for n in counts)
+        assert min(many, few, classes - many - few) > 0
+
+
+@pytest.mark.parametrize("name", [f"{data}-lt-{imbalance}" for data, imbalance in CIFAR_LT] + ["imagenet-lt-64", "imagenet-lt-256"])
+def test_the_papers_values_are_the_papers(name: str) -> None:
+    recipe = recipe_of(name)
+    assert (recipe.target.gamma, recipe.target.lambda_pair) == (0.1, 0.5)
+    assert (recipe.guide.tau, recipe.guide.prototype_momentum, recipe.guide.embedding_dim) == (0.07, 0.999, 128)
+    assert (recipe.diffusion.steps, recipe.synth.steps, recipe.synth.sampler, recipe.synth.guidance_scale) == (1000, 250, "ddpm", 0.2)
+    assert not recipe.unet.class_cond
+    assert recipe.recognizer.batch_size == (256 if name.startswith("cifar") else 512)
+    assert recipe.recognizer.momentum == 0.9
+
+
+def test_a_mirrored_digit_is_never_trained_on() -> None:
+    recipe = recipe_of("digits-lt")
+    assert not any(stage.horizontal_flip for stage in (recipe.source, recipe.target, recipe.guide, recipe.recognizer))

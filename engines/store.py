@@ -15,7 +15,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -99,6 +99,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}", "the file was changed by hand; restore it or remove its folder") from None
+
+
+def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Commit a whole JSON-lines file anew. Raises StorageError."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, str] | None = None) -> None:

@@ -194,7 +194,7 @@ def _unpacked(path: Path) -> _Limited:
 
 
 class _Call:
-    """A callable that a pickle names, or what it would have made: remembered, never run."""
+    """A callable that a pickle names, or what calling it would have made: noted down, not called."""
 
     __slots__ = ("args", "name", "state")
 
@@ -203,7 +203,9 @@ class _Call:
         self.args = args
         self.state: Any = None
 
-    def __call__(self, *args: Any) -> _Call:
+    def __call__(self, *args: Any) -> _Call | bytes:
+        if self.name == "encode" and len(args) == 2 and isinstance(args[0], str):
+            return args[0].encode("latin-1")  # whatever codec it names: this is the one in which bytes are written
         return _Call(self.name, args)
 
     def __setstate__(self, state: Any) -> None:
@@ -265,8 +267,6 @@ def _array(call: Any, origin: str) -> Pixels:
     _, shape, dtype, column_major, raw = call.state
     if not isinstance(dtype, _Call) or dtype.name != "dtype" or not dtype.args or _text(dtype.args[0]) not in ("u1", "|u1"):
         _refuse(origin, "data is not of type uint8")
-    if isinstance(raw, _Call) and raw.name == "encode" and raw.args and isinstance(raw.args[0], str):
-        raw = raw.args[0].encode("latin-1", "replace")
     if not isinstance(raw, bytes) or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
         _refuse(origin, "data is not an array of bytes")
     if int(np.prod(shape, dtype=object)) != len(raw):

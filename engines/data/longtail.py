@@ -98,7 +98,7 @@ def profile_weights(data: DataSection, classes: int) -> npt.NDArray[np.float64]:
     """(K,) w_i = n_i / n_max of each class in label order, from 1 down to 1 / IF.
 
     exponential:  w_i = (1 / IF)^(i / (K - 1))
-    pareto:       w_i = 1/IF + (1 - 1/IF) * L(i) / L(0),   L(i) = ((i + 1) / K)^(-1/power) - 1
+    pareto:       w_i = l_i + (1 - l_i) / IF,   l_i = L(i) / L(0),   L(i) = ((i + 1) / K)^(-1/power) - 1
                   L are the quantiles of a Pareto (type II) distribution of that power, largest first. With power 6 and
                   1280..5 images of 1,000 classes this gives ImageNet-LT's shape (its list was drawn at random; where
                   the list is at hand, use it).
@@ -107,8 +107,8 @@ def profile_weights(data: DataSection, classes: int) -> npt.NDArray[np.float64]:
     if data.profile == "exponential":
         return np.asarray(np.power(1 / data.imbalance, label / (classes - 1)))
     quantile = np.power((label + 1) / classes, -1 / data.pareto_power) - 1
-    smallest = 1 / data.imbalance
-    return np.asarray(smallest + (1 - smallest) * quantile / quantile[0])
+    share = quantile / quantile[0]  # 1 .. 0
+    return np.asarray(share + (1 - share) / data.imbalance)  # this order is exact at both ends
 
 
 def profile_counts(data: DataSection, available: Indices, names: Sequence[str]) -> Indices:

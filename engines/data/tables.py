@@ -60,7 +60,7 @@ def load(data: DataSection, path: Path) -> Splits:
 
 def _split(data: DataSection, tables: _Tables, names: Sequence[str] | None) -> ImageSet:
     """One split; `names` are those of the training split, which a test split must not exceed."""
-    labels, own_names = tables.labels()
+    labels, own_names = tables.labels(names)
     if names is not None and list(own_names) != list(names):
         unknown = [name for name in own_names if name not in names]
         if unknown:
@@ -113,8 +113,8 @@ class _Tables:
         first = next(g.first_row for g in self._groups if g.file == group.file)
         return f"row {row - first} of {self.paths[group.file]}"
 
-    def labels(self) -> tuple[Indices, tuple[str, ...]]:
-        """(N,) labels and K names: of the schema's ClassLabel, of a text column sorted, or else the numbers themselves."""
+    def labels(self, known: Sequence[str] | None) -> tuple[Indices, tuple[str, ...]]:
+        """(N,) labels and K names: those of the schema's ClassLabel, a text column's words in order, `known`, or the numbers."""
         import pyarrow as pa
 
         columns = [_guarded(p, f.read, columns=[self._label]).column(0) for p, f in zip(self.paths, self._files, strict=True)]
@@ -130,17 +130,13 @@ class _Tables:
         if not all(pa.types.is_integer(column.type) for column in columns):
             _refuse(self.paths[0], f"the column {self._label} holds {kind}, not integers or text")
         values = np.concatenate([column.to_numpy().astype(np.int64) for column in columns])
-        names = self._class_names()
-        top = len(names) if names else len(values)  # numbers without names cannot skip more classes than there are rows
-        for start, path, column in zip(self._first_rows(), self.paths, columns, strict=True):
-            wrong = np.flatnonzero((values[start : start + len(column)] < 0) | (values[start : start + len(column)] >= top))
-            if len(wrong):
-                _refuse(path, f"row {wrong[0]} has the label {values[start + wrong[0]]}, outside 0..{top - 1}")
-        return values, names or tuple(str(k) for k in range(int(values.max(initial=-1)) + 1))
-
-    def _first_rows(self) -> list[int]:
-        lengths = [file.metadata.num_rows for file in self._files]
-        return [sum(lengths[:i]) for i in range(len(lengths))]
+        names = self._class_names() or known
+        top = len(names) if names else len(values)  # without names there are no more classes than images
+        wrong = np.flatnonzero((values < 0) | (values >= top))
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(f"{self.origin(row)} has the label {values[row]}, outside 0..{top - 1}", REMEDY)
+        return values, tuple(names) if names else tuple(str(k) for k in range(int(values.max(initial=-1)) + 1))
 
     def _class_names(self) -> tuple[str, ...] | None:
         metadata = (self._files[0].schema_arrow.metadata or {}).get(b"huggingface", b"")

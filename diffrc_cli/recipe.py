@@ -174,7 +174,7 @@ def _find(name_or_file: str) -> Traversable:
         return path
     if path.suffix == ".toml" or len(path.parts) > 1:
         raise UsageError(f"there is no recipe file {name_or_file}", "diffrc recipe ls lists the embedded ones")
-    near = difflib.get_close_matches(name_or_file.lower(), names, n=3, cutoff=0.4) or sorted(names)
+    near = difflib.get_close_matches(name_or_file.lower(), names, n=3) or sorted(names)
     raise UsageError(f"there is no recipe named {name_or_file!r}", f"{', '.join(near)}      (all of them: diffrc recipe ls)")
 
 

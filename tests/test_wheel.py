@@ -32,11 +32,13 @@ def test_its_top_level_is_exactly_the_two_packages(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names(wheel) if ".dist-info/" not in name} == {"diffrc_cli", "engines"}
 
 
-def test_it_holds_every_recipe_and_every_module(wheel: Path) -> None:
+def test_it_holds_every_recipe_module_and_data_file(wheel: Path) -> None:
     recipes = {f"diffrc_cli/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
-    modules = {path.relative_to(ROOT).as_posix() for package in ("diffrc_cli", "engines") for path in (ROOT / package).rglob("*.py")}
+    files = {path.relative_to(ROOT).as_posix() for package in ("diffrc_cli", "engines") for path in (ROOT / package).rglob("*.*")}
+    files = {name for name in files if "__pycache__" not in name}
     assert recipes
-    assert recipes | modules | {"diffrc_cli/py.typed", "engines/py.typed"} <= names(wheel)
+    assert {"diffrc_cli/py.typed", "engines/py.typed", "engines/recipe.py"} <= files
+    assert recipes | files <= names(wheel)
 
 
 def test_it_installs_the_command_and_carries_the_license(wheel: Path) -> None:

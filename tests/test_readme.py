@@ -1,0 +1,154 @@
+"""The README keeps its word: every command in it runs, its outputs are the real ones, its table holds every exit code."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines import errors
+from engines.errors import DiffRCError
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = (  # a run of seconds: every stage, every file, no quality
+    "data.image_size_px=8",
+    "unet.model_channels=16",
+    "unet.channel_mult=[1, 2]",
+    "unet.num_res_blocks=1",
+    "unet.attention_resolutions=[4]",
+    "unet.num_head_channels=16",
+    "guide.model_channels=16",
+    "guide.channel_mult=[1, 2]",
+    "guide.attention_resolutions=[4]",
+    "guide.num_head_channels=16",
+    *(f"{stage}.{key}" for stage in ("source", "target", "guide") for key in ("train_steps=4", "batch_size=8", "precision=fp32")),
+    *(f"{stage}.{key}" for stage in ("source", "target", "guide") for key in ("save_every_steps=2", "sample_every_steps=0")),
+    "synth.steps=2",
+    "synth.fill_to=12",
+    "recognizer.architecture=resnet8",
+    "recognizer.train_steps=4",
+    "recognizer.seeds=1",
+)
+
+
+class Command(NamedTuple):
+    line: str
+    output: str | None  # what the README says it prints, stdout and stderr; None: it does not say
+
+
+def blocks() -> Iterator[list[Command]]:
+    """The commands of each sh or console block, in order."""
+    for language, body in re.findall(r"^```(sh|console)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL):
+        if language == "sh":
+            yield [Command(line, None) for line in body.splitlines() if line and not line.startswith("#")]
+        else:
+            parts = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", body, re.MULTILINE)
+            yield [Command(line, output) for line, output in parts]
+
+
+COMMANDS = [command for block in blocks() for command in block]
+
+
+def run(words: list[str], folder: Path, seconds: float = 240.0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all diffrc commands of the README, in its order, with photographs of three classes in it."""
+    folder = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    for name, count in (("oak", 24), ("elm", 18), ("yew", 14)):
+        for i in range(count):
+            file = folder / "photos" / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+def cut_down(words: list[str]) -> list[str]:
+    """A command that trains, with a network of a few thousand weights and a few steps."""
+    settings = [*TINY, "data.groups=ranks", "data.group_sizes=[1, 1, 1]"] if "photos" in words else list(TINY)
+    trains = words[1] in ("train", "run")
+    return [*words, *(word for item in settings for word in ("--set", item) if trains)]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.line.startswith("diffrc ")], ids=lambda c: c.line)
+def test_a_command_of_the_readme_works(command: Command, folder: Path) -> None:
+    words = shlex.split(command.line)
+    if words[1] == "train":
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+    if words[1] == "run" and (folder / "runs").exists():
+        shutil.rmtree(folder / "runs")  # another recipe's sizes in the same run folder would be refused
+    done = run([sys.executable, "-m", "diffrc_cli", *cut_down(words)[1:]], folder)
+    if command.output is None:
+        assert done.returncode == 0, done.stdout
+        assert "Traceback" not in done.stdout
+    else:
+        assert done.stdout == command.output
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "pip" in c.line or "venv " in c.line], ids=lambda c: c.line)
+def test_an_install_command_of_the_readme_works(command: Command, tmp_path: Path) -> None:
+    # Without the dependencies, which are those that this very test runs with, and into a scratch folder.
+    words = shlex.split(command.line)
+    if words[1:3] == ["-m", "venv"]:
+        assert run([sys.executable, "-m", "venv", "--without-pip", words[3]], tmp_path).returncode == 0
+        return
+    assert words[0] in ("pipx", ".venv/bin/pip")
+    assert words[1] == "install"
+    extra = re.fullmatch(r"\.\[(\w+)\]", words[2])
+    assert extra
+    assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    done = run([*pip, str(ROOT)], tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert sorted(p.name for p in (tmp_path / "site").iterdir() if p.suffix != ".dist-info" and p.name != "bin") == [
+        "diffrc_cli",
+        "engines",
+    ]
+
+
+def test_the_rest_are_make_targets_which_ci_runs_or_time_does_not_allow() -> None:
+    rest = [c.line for c in COMMANDS if not c.line.startswith("diffrc ") and "pip" not in c.line and "venv " not in c.line]
+    targets = re.findall(r"^(\w+): \.venv", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rest == ["make demo", "make test"]
+    assert {line.removeprefix("make ") for line in rest} <= set(targets)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert "make test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in [command.line for command in COMMANDS]
+
+
+def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
+    told = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", TEXT, re.MULTILINE) for code in cell.split(",")}
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, DiffRCError)]
+    assert told == {0, 143} | {kind.exit_code for kind in kinds}
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", TEXT))
+def test_a_link_of_the_readme_leads_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()

@@ -37,3 +37,10 @@ RunOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+NewRunOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--run", metavar="DIR", help="The run folder to make or continue. Default: ./runs/NAME of the recipe.", show_default=False
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N; what is named must be there.")]

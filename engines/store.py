@@ -132,7 +132,9 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         need, have = needed_bytes / 2**20, free / 2**20
-        raise StorageError(f"{folder} needs about {need:,.0f} MiB, the disk has {have:,.0f} MiB", "free some space or choose another folder")
+        raise StorageError(
+            f"{folder} needs about {need:,.0f} MiB, the disk has {have:,.0f} MiB", "free some space or choose another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -267,7 +269,9 @@ class RunFolder:
             before = self.classes()
             changed = [key for key in ("names", "counts", "kept_sha256") if before[key] != table[key]]
             if changed:
-                raise ConflictError(f"{self.path} was trained on other data ({', '.join(changed)} differ)", "choose a new folder with --run")
+                raise ConflictError(
+                    f"{self.path} was trained on other data ({', '.join(changed)} differ)", "choose a new folder with --run"
+                )
         else:
             write_json(self.path / "classes.json", dict(table))
 
@@ -293,7 +297,9 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
             if key.split(".")[0] in _TRAINING_SECTIONS and key not in _MAY_DIFFER
         ]
         if changed:
-            raise ConflictError(f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run, or leave --set out")
+            raise ConflictError(
+                f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run, or leave --set out"
+            )
     elif path.exists() and any(p.name != ".lock" for p in path.iterdir()):
         raise ConflictError(f"{path} is not empty and holds no run", "choose another folder with --run")
     if not stored.exists() or before != recipe:

@@ -93,4 +93,6 @@ def _figures(t: int, random: Tensor, guided: Tensor, push: Push | None) -> StepL
         return StepLog(t, 0.0, 0.0, 0.0)
     size = random.flatten(1).norm(dim=1)
     ratio = guided.flatten(1).norm(dim=1) / size.clamp(min=1e-12)
-    return StepLog(t, float(ratio[size > 0].mean()) if bool((size > 0).any()) else 0.0, float(push.scale.mean()), float(push.log_prob.mean()))
+    return StepLog(
+        t, float(ratio[size > 0].mean()) if bool((size > 0).any()) else 0.0, float(push.scale.mean()), float(push.log_prob.mean())
+    )

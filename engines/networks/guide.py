@@ -22,7 +22,9 @@ class Guide(nn.Module):
     prototypes: Tensor
     log_prior: Tensor
 
-    def __init__(self, architecture: Architecture, class_counts: Tensor, embedding_dim: int = 128, tau: float = 0.07, class_prior: bool = True) -> None:
+    def __init__(
+        self, architecture: Architecture, class_counts: Tensor, embedding_dim: int = 128, tau: float = 0.07, class_prior: bool = True
+    ) -> None:
         super().__init__()
         self.encoder = Encoder(architecture, embedding_dim)
         self.tau = tau

@@ -60,8 +60,8 @@ def architecture(recipe: Recipe, section: UNetSection | GuideSection) -> Archite
 
 def build_unet(recipe: Recipe, classes: int) -> UNet:
     """The recipe's U-Net for K classes; a conditional one has a null label, row K."""
-    channels = recipe.data.image_channels
-    return UNet(architecture(recipe, recipe.unet), channels * (2 if recipe.unet.learn_sigma else 1), classes + 1 if recipe.unet.class_cond else 0)
+    out_channels = recipe.data.image_channels * (2 if recipe.unet.learn_sigma else 1)
+    return UNet(architecture(recipe, recipe.unet), out_channels, classes + 1 if recipe.unet.class_cond else 0)
 
 
 def training_schedule(recipe: Recipe, device: torch.device) -> Schedule:

@@ -24,6 +24,8 @@ from engines.recipe import StageSection
 from engines.store import Checkpoint
 from engines.synthesis.sheet import grid_png
 
+GRID_COLUMNS = 8  # of sample grids
+
 Figures = Mapping[str, Tensor | float]
 
 
@@ -81,7 +83,7 @@ def _loop(stage: Stage, trainer: _Trainer, folder: Path, first: int, seed: int, 
             report(stage.name, done, settings.train_steps, {})
         if stage.sample and settings.sample_every_steps and done % settings.sample_every_steps == 0:
             with trainer.ema_weights():
-                store.write_bytes(folder / "samples" / f"{done:09d}.png", grid_png(stage.sample(stage.model, done)))
+                store.write_bytes(folder / "samples" / f"{done:09d}.png", grid_png(stage.sample(stage.model, done), GRID_COLUMNS))
         if done % settings.save_every_steps == 0 or done == settings.train_steps or stop.requested:
             store.save_checkpoint(folder, trainer.checkpoint(done))
         if stop.requested and done < settings.train_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from engines import store
 from engines.data.longtail import LongTail
-from engines.errors import UsageError
+from engines.errors import EngineError, UsageError
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
 from engines.progress import Report, silent
@@ -36,7 +37,8 @@ def train_run(run: RunFolder, data: LongTail, device: torch.device, report: Repo
         ConflictError: the run was trained on other data.  StorageError, NumericsError, Interrupted: see `loop.train`.
     """
     recipe = run.recipe
-    run.keep_classes({"names": list(data.names), "counts": data.counts.tolist(), "groups": list(data.groups), "kept_sha256": data.kept_sha256})
+    table = {"names": list(data.names), "counts": data.counts.tolist(), "groups": list(data.groups), "kept_sha256": data.kept_sha256}
+    run.keep_classes(table)
     torch.manual_seed(recipe.seed)  # initial weights
     source, guide = build_unet(recipe, len(data.counts)), build_guide(recipe, data.counts)
     values = 2 * sum(p.numel() for p in source.parameters()) + sum(p.numel() for p in guide.parameters())
@@ -53,8 +55,24 @@ def train_run(run: RunFolder, data: LongTail, device: torch.device, report: Repo
     if trained["guide"] or not accuracy.exists():
         schedule = training_schedule(recipe, device)
         splits = {"train": data.train, "test": data.test}  # the test images are reported on; they choose nothing
-        store.write_json(accuracy, {name: guides.accuracy_by_noise(guide, images, schedule, recipe.seed) for name, images in splits.items()})
+        by_split = {name: guides.accuracy_by_noise(guide, images, schedule, recipe.seed) for name, images in splits.items()}
+        store.write_json(accuracy, by_split)
     return trained
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for, or nothing: only "auto" chooses. Raises UsageError for an unknown name, EngineError where it is missing."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"there is no device named {name!r}", "--device auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(
+            f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices, not {name}",
+            "--device cpu, or install a CUDA build of torch",
+        )
+    return device
 
 
 def load_unet(run: RunFolder, model: Literal["target", "source"] = "target") -> UNet:

@@ -192,15 +192,15 @@ def verdict(table: Table) -> str:
     """One sentence: does it help against the stronger control, and what is left of it beside balanced softmax?"""
     controls: list[Variant] = ["real", "replay"]
     plain = max(controls, key=lambda v: table.row(v, "cross_entropy").figures[table.column].mean)
-    words = {"helps": "Synthesis helps", "ties": "Synthesis neither helps nor hurts", "hurts": "Synthesis hurts"}
+    words = {"helps": "Synthesis helps", "ties": "A tie within the uncertainty", "hurts": "Synthesis hurts"}
     first = table.comparison(plain, "cross_entropy").interval
     second = table.comparison("real", "balanced_softmax").interval
     seeds = "1 seed" if table.seeds == 1 else f"{table.seeds} seeds"
     against = "plain cross-entropy" if plain == "real" else "replay"
     return (
-        f"{words[first.outcome]}: on the {table.column} classes it is {_points(first)} against {against}, the stronger control of "
-        f"cross-entropy, and with balanced softmax it {second.outcome}, {_points(second)} against balanced softmax alone "
-        f"({seeds}, 95 % intervals)."
+        f"{words[first.outcome]}: on the {table.column} classes real + synthetic is {_points(first)} against {against}, "
+        f"the stronger control of cross-entropy, and with balanced softmax it {second.outcome}, {_points(second)} against "
+        f"balanced softmax alone ({seeds}, 95 % intervals)."
     )
 
 

@@ -197,9 +197,9 @@ def table_with(plain: tuple[float, float, float], cross: Interval, balanced: Int
 def test_the_verdict_measures_against_the_stronger_control_and_admits_a_tie() -> None:
     helps, ties, hurts = Interval(5.0, 2.0, 8.0), Interval(0.5, -1.0, 2.0), Interval(-3.0, -5.0, -1.0)
     assert verdict(table_with((70, 75, 80), helps, ties)).startswith(
-        "Synthesis helps: on the few classes it is +5.0 points [+2.0, +8.0] against replay"
+        "Synthesis helps: on the few classes real + synthetic is +5.0 points [+2.0, +8.0] against replay"
     )
     assert "with balanced softmax it ties, +0.5 points" in verdict(table_with((70, 75, 80), helps, ties))
     assert "against plain cross-entropy" in verdict(table_with((75, 70, 75), ties, ties))
-    assert verdict(table_with((75, 70, 75), ties, ties)).startswith("Synthesis neither helps nor hurts")
+    assert verdict(table_with((75, 70, 75), ties, ties)).startswith("A tie within the uncertainty")
     assert verdict(table_with((75, 70, 60), hurts, hurts)).startswith("Synthesis hurts")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MIN_WIDTH, MAX_WIDTH = 40, 120  # characters; a wider terminal makes lines that the eye loses
 PLAIN_INTERVAL_SECONDS = 10.0  # between two progress lines of one job where there is no terminal
+UNWRAPPED_CHARACTERS = 20  # columns of numbers, and of short text where there is room, are not wrapped
 GROUP_STYLES = {"many": "blue", "medium": "yellow", "few": "red"}  # beside the group's name, never instead of it
 ADDED_STYLE = "green"
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?\s?(%|(±|\+/-|\+).*)?")  # cells that read best right-aligned
@@ -80,8 +81,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.text import Text
 
     grid = Table(title=Text(clean(title)) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, right in zip(columns, numeric, strict=True):
-        grid.add_column(Text(clean(column)), justify="right" if right else "left", overflow="fold", no_wrap=right)
+    widths = [max(map(len, (column, *(row[i] for row in cells)))) for i, column in enumerate(columns)]
+    short = [right or width <= UNWRAPPED_CHARACTERS for right, width in zip(numeric, widths, strict=True)]
+    fits = sum(width for width, whole in zip(widths, short, strict=True) if whole) + 3 * len(columns) + 12 <= _width(sys.stdout)
+    for column, right, whole in zip(columns, numeric, short, strict=True):
+        grid.add_column(Text(clean(column)), justify="right" if right else "left", overflow="fold", no_wrap=right or (whole and fits))
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))
     _console(sys.stdout).print(grid)

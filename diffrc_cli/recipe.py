@@ -50,7 +50,7 @@ def list_recipes(json: JsonOption = False) -> None:
     if json:
         console.emit_json(rows)
         return
-    console.table("", ("recipe", "data", "px", "cost"), [(row["name"], row["data"], row["size_px"], row["cost"]) for row in rows])
+    console.table("", ("recipe", "px", "cost"), [(row["name"], row["size_px"], row["cost"]) for row in rows])
     console.say(f"The default is {DEFAULT_NAME}. Every key of one: diffrc recipe show NAME. One of your own: diffrc recipe cp NAME FILE.")
 
 

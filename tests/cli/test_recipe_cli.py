@@ -31,7 +31,7 @@ def test_ls_lists_every_embedded_recipe_and_what_it_costs(capsys: Captured) -> N
     assert run("ls") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in embedded())
-    assert "data-center GPU" in out
+    assert "weeks on one GPU" in out
 
 
 def test_ls_as_json_marks_the_default(capsys: Captured) -> None:

@@ -30,8 +30,10 @@ MAX_IMAGE_PX = 1 << 26  # 8192 x 8192: a header that promises more is refused be
 MAX_FILE_BYTES = 1 << 27
 REMEDY = "mend or remove it, or leave such images out: --set data.on_bad_image=skip"
 
-# Pillow warns between its limit and twice that, and refuses beyond; here both are errors.
+# Pillow warns between its limit and twice that, and refuses beyond; here both are errors. Its remarks on damaged metadata
+# of images that decode all the same would only be lines that nobody can act on.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class Frame(NamedTuple):

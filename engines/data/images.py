@@ -15,6 +15,7 @@ from PIL import Image
 
 from engines.data.decode import Frame, Pixels, decode, fit, header_size
 from engines.errors import DataError
+from engines.progress import Report, silent
 
 Indices = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -73,10 +74,14 @@ class ImageSet:
         The first call decodes the whole set when that fits into memory: a broken image is met before the first step and
         not in the middle of a long run. Raises DataError naming the image.
         """
-        if self._shelf.keeps and not self._filled:
-            self._shelf.fill(self._slots)
-            self._filled = True
+        self.preload()
         return self._shelf.take(self._slots[np.asarray(indices, dtype=np.int64)])
+
+    def preload(self, report: Report = silent) -> None:
+        """Decode the whole set now if it fits into memory; `pixels` does so otherwise. Raises DataError naming an image."""
+        if self._shelf.keeps and not self._filled:
+            self._shelf.fill(self._slots, report)
+            self._filled = True
 
     def subset(self, indices: Indices) -> ImageSet:
         """The images at `indices`, in that order. Decoded pixels are shared with this set."""
@@ -126,13 +131,14 @@ class Shelf:
         self.fill(slots)
         return self._pixels[slots]
 
-    def fill(self, slots: Indices) -> None:
+    def fill(self, slots: Indices, report: Report = silent) -> None:
         """Decode what is missing of `slots`."""
         with self._lock:
             missing = np.unique(slots[~self._ready[slots]])
-            for block in _blocks(missing, self.BLOCK):
+            for number, block in enumerate(_blocks(missing, self.BLOCK)):
                 self._pixels[block] = self.reader.read(self.rows[block], self.frame)
                 self._ready[block] = True
+                report("decode", number * self.BLOCK + len(block), len(missing), {})
 
     def readable(self, slots: Indices) -> npt.NDArray[np.bool_]:
         """(B,) whether each slot decodes. What decodes is kept where it fits."""

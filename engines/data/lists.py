@@ -158,7 +158,10 @@ def _find(folder: Path) -> tuple[Path, Path | None]:
     if len(lists) == 1:
         return lists[0], None
     found = ", ".join(p.name for p in (train or lists)[:4]) or "none"
-    raise DataError(f"{folder} needs one training list, *train*.txt or .csv; found: {found}", f"--data {folder}/LIST.txt; {REMEDY}")
+    raise DataError(
+        f"{folder} needs one training list, *train*.txt or .csv; found: {found}",
+        f"put one there, or name it: --data {folder}/LIST.txt; {REMEDY}",
+    )
 
 
 def _refuse(path: Path, line: int, reason: str) -> NoReturn:

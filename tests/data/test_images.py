@@ -117,3 +117,12 @@ def test_arrays_are_resized_and_change_channels() -> None:
     assert whole.pixels(np.array([1])).shape == (1, 16, 16, 3)
     assert (whole.pixels(np.array([1])) == 200).all()
     assert whole.sizes == {(8, 8): 2}
+
+
+def test_decoding_ahead_reports_how_far_it_is() -> None:
+    whole, reads = image_set([png(v % 256) for v in range(1500)])
+    told: list[tuple[str, int, int]] = []
+    whole.preload(lambda what, done, total, figures: told.append((what, done, total)))
+    assert told == [("decode", 1024, 1500), ("decode", 1500, 1500)]
+    whole.pixels(np.arange(1500))
+    assert set(reads.values()) == {1}

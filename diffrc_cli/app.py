@@ -49,7 +49,7 @@ def diffrc(
     """
 
 
-for _name in ("run", "data", "train", "export", "synth", "evaluate"):  # in the order of the work
+for _name in ("run", "data", "train", "export", "synth", "evaluate", "report"):  # in the order of the work
     if find_spec(f"diffrc_cli.{_name}"):
         _module = import_module(f"diffrc_cli.{_name}")
         if hasattr(_module, "app"):

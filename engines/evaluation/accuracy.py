@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +22,13 @@ import torch
 
 from engines import store
 from engines.data.longtail import LongTail
-from engines.evaluation.synthetic import ExtraImages, all_pixels, pixel_hashes, refuse_test_images, replay
+from engines.errors import UsageError
+from engines.evaluation.synthetic import ExtraImages, all_pixels, pixel_hashes, refuse_data_folder, refuse_test_images, replay
 from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report, silent
 from engines.recipe import RecognizerSection
+from engines.store import RunFolder
+from engines.synthesis.sheet import read_images
 from engines.training.recognizer import LOSSES, Loss, TrainingImages, predict, real_images, train_recognizer
 
 Floats = npt.NDArray[np.float64]
@@ -290,6 +294,30 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
         ),
         purity=_purity(oracle_result, synthetic.labels, classes, len(longtail.pool)),
     )
+
+
+def evaluate_run(run: RunFolder, longtail: LongTail, report: Report = silent) -> Table:
+    """`evaluate` the images in a run's `synth` folder and keep the table in `evaluation/accuracy.json`.
+
+    Args:
+        longtail: the data set that the run was trained on.
+
+    Raises:
+        UsageError: nothing was synthesized yet, or the images lie inside the data set.
+        ConflictError: the run was trained on other data.
+        DataError, Interrupted, NumericsError, StorageError: as `evaluate` and `read_images`.
+    """
+    if not (run.synth / "plan.json").exists():
+        raise UsageError(f"{run.path} has no synthesized images yet", "diffrc synth --fill")
+    run.keep_classes(longtail.table())
+    refuse_data_folder(run.synth, Path(run.recipe.data.path) if run.recipe.data.path else None)
+    started = time.perf_counter()
+    try:
+        table = evaluate(longtail, ExtraImages(*read_images(run.synth)), run.recipe.recognizer, run.evaluation, report)
+        store.write_json(run.evaluation / "accuracy.json", table.to_json())
+        return table
+    finally:
+        run.add_cost("evaluate", time.perf_counter() - started)
 
 
 def class_purity(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, report: Report = silent) -> Purity:

@@ -1,0 +1,117 @@
+"""`diffrc evaluate` and `diffrc report` on a run whose synthetic images were put there by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffrc_cli.app import main
+from engines import store
+from engines.data.longtail import prepare
+from engines.recipe import load
+from engines.store import RunFolder
+from engines.synthesis.sheet import Record, encode_png, pixels_sha256
+
+RECIPE = """
+name = "tiny"
+[data]
+source = "digits"
+image_size_px = 8
+image_channels = 1
+imbalance = 10.0
+head_count = 20
+groups = "ranks"
+[unet]
+channel_mult = [1, 2]
+attention_resolutions = [4]
+[guide]
+channel_mult = [1, 2]
+attention_resolutions = [4]
+[recognizer]
+architecture = "resnet8"
+train_steps = 3
+batch_size = 8
+seeds = 1
+horizontal_flip = false
+crop_padding_px = 1
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    recipe = load(RECIPE)
+    folder = store.create_run(tmp_path / "runs" / "tiny", recipe)
+    folder.keep_classes(prepare(recipe.data, None).table())
+    return folder
+
+
+@pytest.fixture
+def synthesized(run: RunFolder) -> RunFolder:
+    names = run.classes()["names"]
+    store.write_json(run.synth / "plan.json", {"plan": "p", "identity": {"classes": names}})
+    random = np.random.default_rng(0)
+    for class_id in (8, 9):
+        for index in range(3):
+            pixels = random.integers(0, 255, (8, 8, 1), dtype=np.uint8)
+            record = Record("p", class_id, names[class_id], index, 0, True, None, pixels_sha256(pixels), "{}")
+            store.write_bytes(run.synth / record.path(), encode_png(pixels, record))
+            store.append_json(run.synth / "manifest.jsonl", record.line())
+    return run
+
+
+def diffrc(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    captured = capsys.readouterr()
+    assert stopped.value.code == code, captured.err
+    return captured.out, captured.err
+
+
+def test_evaluate_prints_every_variant_and_a_verdict_and_keeps_the_table(
+    synthesized: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = diffrc(capsys, "evaluate", "--run", str(synthesized.path))
+    for words in ("real + replay", "real + synthetic", "balanced softmax", "few", "std", "purity", "95 % intervals"):
+        assert words in out
+    kept = json.loads((synthesized.evaluation / "accuracy.json").read_text())
+    assert kept["verdict"] in out
+    assert kept["synthetic_counts"][8:] == [3, 3]
+    assert store.read_json(synthesized.path / "cost.json")["evaluate"] > 0
+
+
+def test_seeds_on_the_command_line_win_and_json_is_one_line(synthesized: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = diffrc(capsys, "evaluate", "--run", str(synthesized.path), "--seeds", "2", "--json")
+    assert out.count("\n") == 1
+    table = json.loads(out)
+    assert table["seeds"] == 2
+    assert {row["figures"]["few"]["n"] for row in table["rows"]} == {2}
+    assert "seeds = 2" in (synthesized.path / "recipe.toml").read_text()
+
+
+def test_a_run_without_synthetic_images_says_what_to_type(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = diffrc(capsys, "evaluate", "--run", str(run.path), code=2)
+    assert "no synthesized images yet" in err
+    assert "diffrc synth --fill" in err
+
+
+def test_a_run_that_was_not_trained_says_what_to_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = store.create_run(tmp_path / "runs" / "tiny", load(RECIPE))
+    _, err = diffrc(capsys, "evaluate", "--run", str(folder.path), code=2)
+    assert "diffrc train" in err
+
+
+def test_another_long_tail_than_the_trained_one_is_refused(synthesized: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = diffrc(capsys, "evaluate", "--run", str(synthesized.path), "--set", "data.imbalance=5.0", code=5)
+    assert "data.imbalance" in err
+
+
+def test_report_writes_one_page_before_and_after_evaluation(synthesized: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = diffrc(capsys, "report", "--run", str(synthesized.path))
+    assert str(synthesized.report) in out
+    assert "Not evaluated yet" in synthesized.report.read_text()
+    diffrc(capsys, "evaluate", "--run", str(synthesized.path))
+    diffrc(capsys, "report", "--run", str(synthesized.path))
+    assert "Purity by an oracle" in synthesized.report.read_text()

@@ -6,7 +6,6 @@ Group norm, softmax and time embedding are computed in float32 whatever the auto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -266,9 +265,3 @@ def _middle_block(a: Architecture, channels: int) -> Layers:
 def parameter_count(module: nn.Module) -> int:
     """Trained values in a network."""
     return sum(p.numel() for p in module.parameters())
-
-
-def unused_resolutions(image_size_px: int, levels: int, resolutions: Sequence[int]) -> list[int]:
-    """Attention resolutions that no level of the network has."""
-    present = {image_size_px // 2**level for level in range(levels)}
-    return [r for r in resolutions if r not in present]

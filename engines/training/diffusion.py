@@ -14,8 +14,7 @@ from engines.diffusion.losses import base_loss, variational_loss
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import sample
 from engines.diffusion.schedule import Schedule, make_schedule, q_sample, respace
-from engines.errors import UsageError
-from engines.networks.unet import Architecture, UNet, unused_resolutions
+from engines.networks.unet import Architecture, UNet
 from engines.recipe import GuideSection, Recipe, StageSection, UNetSection
 
 PREVIEW_STEPS = 25  # of the DDIM sampler behind the sample grids
@@ -23,23 +22,9 @@ PREVIEW_IMAGES = 64
 
 
 def architecture(recipe: Recipe, section: UNetSection | GuideSection) -> Architecture:
-    """The network that a recipe section describes. Raises UsageError where it cannot be built."""
-    size = recipe.data.image_size_px
-    where = "unet" if isinstance(section, UNetSection) else "guide"
-    missing = unused_resolutions(size, len(section.channel_mult), section.attention_resolutions)
-    if missing:
-        raise UsageError(
-            f"{where}.attention_resolutions {missing} px: no level of a {size} px network has that size",
-            f"its levels are {[size // 2**i for i in range(len(section.channel_mult))]} px",
-        )
-    widths = {section.model_channels * mult for mult in section.channel_mult}
-    if any(width % section.num_head_channels for width in widths):
-        raise UsageError(
-            f"{where}: widths {sorted(widths)} cannot be split in attention heads of {section.num_head_channels} channels",
-            f"--set {where}.num_head_channels=32",
-        )
+    """The network that a recipe section describes; `Recipe` has refused sections that describe none."""
     shape = Architecture(
-        image_size_px=size,
+        image_size_px=recipe.data.image_size_px,
         in_channels=recipe.data.image_channels,
         model_channels=section.model_channels,
         channel_mult=section.channel_mult,

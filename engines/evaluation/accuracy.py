@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -227,7 +228,7 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
         longtail: train and test; the pool goes to the oracle alone.
         synthetic: at least one image, none of them in the test set.
         folder: cells are kept in `folder/cells`; a cell is trained anew when anything it depends on has changed.
-        report: hears "evaluate" after each cell.
+        report: hears "evaluate" in hundredths of a recognizer.
 
     Raises: DataError for synthetic images that are test images, Interrupted by a signal, NumericsError, StorageError.
     """
@@ -263,7 +264,8 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
     *results, oracle_result = _run_cells([*(cell(*key) for key in keys), oracle], device, report)
     predicted = {key: np.array(result["predicted"], dtype=np.int64) for key, result in zip(keys, results, strict=True)}
 
-    column = next(g for g in reversed(GROUPS) if g in longtail.groups)
+    tested = {longtail.groups[label] for label in np.unique(test_labels)}
+    column = next(g for g in reversed(GROUPS) if g in tested)
     of_column = np.isin(test_labels, longtail.classes_of(column))
     correct = {
         (variant, loss): np.stack([predicted[variant, loss, seed] == test_labels for seed in range(section.seeds)])[:, of_column]
@@ -377,42 +379,61 @@ class Cell:
 
 
 class _Stopped(Exception):
-    """Ends a cell's training when the command is being stopped."""
+    """Ends a cell's training when the command is being stopped or another cell has failed."""
+
+
+class _Listener:
+    """Hears every cell from its own thread: adds up the progress, and ends the cells when they are not wanted any more."""
+
+    def __init__(self, cells: int, kept: int, report: Report, stop: StopRequest) -> None:
+        self.cells, self.report, self.stop = cells, report, stop
+        self.abandoned = threading.Event()
+        self._lock = threading.Lock()
+        self._kept = kept
+        self._shares: dict[int, float] = {}  # of each cell's training, by cell
+
+    def of(self, cell: int) -> Report:
+        """What the training of one cell reports to. Raises _Stopped there."""
+
+        def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            if self.stop.requested or self.abandoned.is_set():
+                raise _Stopped
+            if figures:
+                with self._lock:
+                    self._shares[cell] = done / total
+                    self.tell()
+
+        return hear
+
+    def tell(self) -> None:
+        """Report hundredths of cells, since one may take hours."""
+        done = self._kept + sum(self._shares.values())
+        self.report("evaluate", round(100 * done), 100 * self.cells, {"recognizers": float(int(done))})
 
 
 def _run_cells(cells: Sequence[Cell], device: torch.device, report: Report) -> list[dict[str, Any]]:
     """Results of all cells, in order; those that are not kept are made and committed one by one."""
     results = [cell.stored() for cell in cells]
     todo = [i for i, result in enumerate(results) if result is None]
-    workers = (
-        1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    )
-    report("evaluate", len(cells) - len(todo), len(cells), {})
+    workers = 1 if device.type == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with catch_signals() as stop, _one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        hear = _stoppable(stop)
-        jobs = {pool.submit(_one_threaded, cells[i].make, hear): i for i in todo}
+        listener = _Listener(len(cells), len(cells) - len(todo), report, stop)
+        listener.tell()
+        jobs = {pool.submit(_one_threaded, cells[i].make, listener.of(i)): i for i in todo}
         try:
-            for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1 + len(cells) - len(todo)):
+            for job in concurrent.futures.as_completed(jobs):
                 i = jobs[job]
                 result = {"digest": cells[i].digest, **job.result()}
                 store.write_json(cells[i].path, result)
                 results[i] = result
-                report("evaluate", done, len(cells), {})
         except _Stopped:
             made = sum(result is not None for result in results)
             raise stop.error(f"{made} of {len(cells)} recognizers are trained and kept") from None
         finally:
+            listener.abandoned.set()
             for job in jobs:
                 job.cancel()
     return [result for result in results if result is not None]
-
-
-def _stoppable(stop: StopRequest) -> Report:
-    def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        if stop.requested:
-            raise _Stopped
-
-    return hear
 
 
 def _one_threaded(make: Callable[[Report], dict[str, Any]], hear: Report) -> dict[str, Any]:

@@ -251,6 +251,8 @@ def _class_table(parts: Parts) -> str:
         "Yield: the share of the made images that the selection kept. Purity: the share that an oracle, trained on the whole training "
         "split, takes for the class. The oracle reports; it chooses nothing."
     )
+    if table.get("purity") and table["purity"]["oracle_images"] <= sum(table["counts"]):
+        note += " This data set has no images beyond the long tail, so the oracle saw no more than the recognizers."
     table_html = _table(("Class", "Group", "Real", "Synthetic", "Yield", "Purity"), rows)
     return f'<details><summary>Counts, yield and purity of each class</summary>{table_html}<p class="note">{note}</p></details>'
 

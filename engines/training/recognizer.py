@@ -81,6 +81,7 @@ def train_recognizer(
         classes: K.
         seed: of the weights, the order of the images and their augmentation; one number for all losses and image sets, so
             that two recognizers can be compared pair by pair.
+        report: hears "recognizer" after every step, with the loss every 50.
 
     Returns: the network, in evaluation mode.
     Raises: NumericsError where the loss is no longer finite.
@@ -111,11 +112,12 @@ def train_recognizer(
         value = weighted_cross_entropy(logits.float(), labels[index], weights[index], prior)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        figures = {}
         if step % _CHECK_EVERY_STEPS == 0 or step == section.train_steps - 1:
-            figure = float(value.detach())
-            if not np.isfinite(figure):
-                raise NumericsError(f"the recognizer's loss is {figure} at step {step}", "use a smaller recognizer.lr")
-            report("recognizer", step + 1, section.train_steps, {"loss": figure})
+            figures["loss"] = float(value.detach())
+            if not np.isfinite(figures["loss"]):
+                raise NumericsError(f"the recognizer's loss is {figures['loss']} at step {step}", "use a smaller recognizer.lr")
+        report("recognizer", step + 1, section.train_steps, figures)
     model.eval()
     return model
 
@@ -226,7 +228,7 @@ def _batches(model: ResNet, pixels: np.ndarray) -> Iterator[Tensor]:
         yield to_model(torch.from_numpy(part).to(device))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER, epoch]).permutation(count)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from engines.data.decode import Frame
 from engines.data.images import ArrayReader, ImageSet, Shelf
 from engines.data.longtail import LongTail
-from engines.errors import DataError
+from engines.errors import DataError, Interrupted, NumericsError
 from engines.evaluation import accuracy
 from engines.evaluation.accuracy import (
     COLUMNS,
@@ -203,3 +206,34 @@ def test_the_verdict_measures_against_the_stronger_control_and_admits_a_tie() ->
     assert "against plain cross-entropy" in verdict(table_with((75, 70, 75), ties, ties))
     assert verdict(table_with((75, 70, 75), ties, ties)).startswith("A tie within the uncertainty")
     assert verdict(table_with((75, 70, 60), hurts, hurts)).startswith("Synthesis hurts")
+
+
+def test_a_signal_keeps_the_trained_recognizers_and_the_next_call_goes_on(
+    longtail: LongTail, synthetic: ExtraImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    heard: list[float] = []
+
+    def interrupting(what: str, done: int, total: int, figures: Any) -> None:
+        heard.append(figures["recognizers"])
+        if figures["recognizers"] >= 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)  # the main thread takes it
+
+    with pytest.raises(Interrupted, match="recognizers are trained and kept"):
+        evaluate(longtail, synthetic, SECTION, tmp_path, interrupting)
+    kept = len(list((tmp_path / "cells").glob("*.json")))
+    assert 3 <= kept < 17
+    assert len(evaluate(longtail, synthetic, SECTION, tmp_path).rows) == 8
+
+
+def test_a_failed_recognizer_ends_the_others_and_is_told(
+    longtail: LongTail, synthetic: ExtraImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise NumericsError("the recognizer's loss is nan", "use a smaller recognizer.lr")
+
+    monkeypatch.setattr(accuracy, "train_recognizer", failing)
+    with pytest.raises(NumericsError):
+        evaluate(longtail, synthetic, SECTION, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))

@@ -47,12 +47,12 @@ def normalize_gradient(gradient: Tensor, norm: GradientNorm = "rms") -> Tensor:
     if norm == "none":
         return gradient
     flat = gradient.flatten(1)
-    size = {
-        "rms": lambda: flat.square().mean(1).sqrt(),
-        "linf": lambda: flat.abs().amax(1),
-        "l2": lambda: flat.square().sum(1).sqrt(),
-    }[norm]()
-    return gradient / size.clamp(min=torch.finfo(gradient.dtype).tiny).view(-1, 1, 1, 1)
+    tiny = torch.finfo(gradient.dtype).tiny
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=tiny)  # unit maximum: the squares of a sure guide's gradient underflow
+    if norm != "linf":
+        squares = flat.square()
+        flat = flat / (squares.mean(1, keepdim=True) if norm == "rms" else squares.sum(1, keepdim=True)).sqrt().clamp(min=tiny)
+    return flat.view_as(gradient)
 
 
 def entropy_scale(log_probs: Tensor, scale: float, scale_max: float) -> Tensor:

@@ -63,6 +63,8 @@ def discretized_log_likelihood(x0: Tensor, mean: Tensor, log_std: Tensor) -> Ten
 def neighbor_log_probs(x0: Tensor, temperature: Tensor | float) -> Tensor:
     """log softmax over j != i of s(i, j) / temperature; s is the cosine similarity of flattened images, Eqs. 7 and 8.
 
+    In float32 whatever the autocast: similarities near 1 differ by less than bfloat16 can tell, and the row would be flat.
+
     Args:
         x0: (G, M, C, H, W) groups of M images of one class, M >= 3: a row of one entry is constant.
         temperature: scalar, or (G,).
@@ -71,8 +73,9 @@ def neighbor_log_probs(x0: Tensor, temperature: Tensor | float) -> Tensor:
     """
     groups, m = x0.shape[:2]
     assert m >= 3, "with two images a row of Eq. 7 has one entry and its loss is identically 0"
-    directions = F.normalize(x0.flatten(2), dim=-1)  # (G, M, D)
-    similarity = directions @ directions.transpose(1, 2)  # (G, M, M)
+    with torch.autocast(x0.device.type, enabled=False):
+        directions = F.normalize(x0.float().flatten(2), dim=-1)  # (G, M, D)
+        similarity = directions @ directions.transpose(1, 2)  # (G, M, M)
     others = ~torch.eye(m, dtype=torch.bool, device=x0.device)
     rows = similarity[:, others].view(groups, m, m - 1)
     return F.log_softmax(rows / torch.as_tensor(temperature, device=x0.device).view(-1, 1, 1), dim=-1)
@@ -120,10 +123,14 @@ def entropy(log_probs: Tensor) -> Tensor:
 def prototype_log_probs(features: Tensor, prototypes: Tensor, log_prior: Tensor, tau: float = 0.07) -> Tensor:
     """log p~(k | x_t) = log [ pi_k exp(f . c_k / tau) / sum_j pi_j exp(f . c_j / tau) ], (B, K); Eq. 12 without the minus.
 
+    In float32 whatever the autocast: 1 / tau enlarges a rounded cosine fourteen times.
+
     Args:
         features: (B, D) unit vectors.  prototypes: (K, D) unit vectors, detached.  log_prior: (K,) log pi_k, or zeros.
     """
-    return F.log_softmax(features @ prototypes.t() / tau + log_prior, dim=-1)
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = features.float() @ prototypes.t()  # (B, K)
+    return F.log_softmax(cosines / tau + log_prior, dim=-1)
 
 
 def prototype_contrastive_loss(features: Tensor, labels: Tensor, prototypes: Tensor, log_prior: Tensor, tau: float = 0.07) -> Tensor:

@@ -56,10 +56,13 @@ def make_schedule(noise_schedule: Literal["linear", "cosine"], steps: int) -> Sc
 
 
 def respace(schedule: Schedule, steps: int) -> Schedule:
-    """The process on `steps` evenly spaced timesteps of `schedule`, first and last included; betas keep abar at each of them."""
+    """The process on `steps` evenly spaced timesteps of `schedule`, first and last included; betas keep abar at each of them.
+
+    A single step is the last timestep: it is the one whose x_t is the noise that sampling starts from.
+    """
     assert 1 <= steps <= len(schedule), f"{steps} steps of {len(schedule)}"
-    stride = (len(schedule) - 1) / max(steps - 1, 1)
-    return at_timesteps(schedule, [round(j * stride) for j in range(steps)])
+    last = len(schedule) - 1
+    return at_timesteps(schedule, [round(j * last / (steps - 1)) for j in range(steps)] if steps > 1 else [last])
 
 
 def at_timesteps(schedule: Schedule, positions: Sequence[int]) -> Schedule:

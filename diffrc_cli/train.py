@@ -51,20 +51,15 @@ def recipe_of_run(recipe: str | None, data: Path | None, run: Path | None, overr
 
     Without a recipe, an existing run's own recipe counts; without a run, ./runs/<name of the recipe>.
     """
-    from engines.recipe import load, to_toml
+    from engines.recipe import validate
     from engines.store import DEFAULT_ROOT
 
     stored = run / "recipe.toml" if run else None
     settings = resolve(str(stored) if recipe is None and stored and stored.exists() else recipe, overrides)
     if data:
-        settings = load(to_toml(settings), [f"data.path={_toml_string(data.absolute())}"])
+        table = settings.model_dump(mode="json")
+        settings = validate({**table, "data": {**table["data"], "path": str(data.absolute())}})
     return settings, run or DEFAULT_ROOT / settings.name
-
-
-def _toml_string(path: Path) -> str:
-    from json import dumps
-
-    return dumps(str(path))
 
 
 def _run_option(run: RunFolder) -> str:

@@ -178,7 +178,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Commit `folder/step-<n>/` with one safetensors file a group, state.json, and a manifest of sha256 written last.
 
-    The folder gets its name only when everything in it is on the disk; then older checkpoints are pruned to the last two.
+    The folder gets its name only when everything in it is on the disk; then all but it and the one before are removed: older
+    ones, half-built ones of a killed run, and newer ones, which were damaged, since training went on from before them.
     Raises NumericsError for a value that is not finite, StorageError.
     """
     final = folder / f"step-{checkpoint.step:09d}"
@@ -195,9 +196,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             shutil.rmtree(final)
         building.replace(final)
         _fsync_folder(folder)
-    for old in _checkpoint_folders(folder)[CHECKPOINTS_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = [path for path in _checkpoint_folders(folder) if path.name <= final.name][:CHECKPOINTS_KEPT]
+    for path in folder.glob("step-*"):
+        if re.fullmatch(r"step-\d{9}(\.tmp)?", path.name) and path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, not verified; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in _checkpoint_folders(folder)), default=0)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -305,7 +313,8 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
     if not stored.exists() or before != recipe:
         write_text(stored, recipes.to_toml(recipe))
     write_json(path / "environment.json", environment())
-    write_json(path.parent / "latest.json", {"run": path.name})
+    if path.absolute().parent == DEFAULT_ROOT.absolute():  # elsewhere the parent is not ours, and `open_run` does not look there
+        write_json(DEFAULT_ROOT / "latest.json", {"run": path.name})
     return RunFolder(path, recipe)
 
 

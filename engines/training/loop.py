@@ -51,7 +51,7 @@ def train(stage: Stage, folder: Path, seed: int, device: torch.device, report: R
     Returns: steps trained by this call, 0 where the stage was complete.
 
     Raises:
-        Interrupted: after a signal; the step it came in is finished and saved.
+        Interrupted: after a signal; the step it came in is finished and saved, be it the last.
         NumericsError: after `max_nonfinite_steps` skipped steps in a row.
         StorageError: from a checkpoint that cannot be written.
     """
@@ -86,7 +86,7 @@ def _loop(stage: Stage, trainer: _Trainer, folder: Path, first: int, seed: int, 
                 store.write_bytes(folder / "samples" / f"{done:09d}.png", grid_png(stage.sample(stage.model, done), GRID_COLUMNS))
         if done % settings.save_every_steps == 0 or done == settings.train_steps or stop.requested:
             store.save_checkpoint(folder, trainer.checkpoint(done))
-        if stop.requested and done < settings.train_steps:
+        if stop.requested:
             raise stop.error(f"{stage.name} is saved at step {done:,} of {settings.train_steps:,}")
 
 
@@ -100,7 +100,7 @@ class _Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self.skipped, self.skipped_in_a_row = 0, 0
+        self.skipped, self.skipped_in_a_row, self.damaged_checkpoints = 0, 0, 0
 
     def step(self, step: int, seed: int) -> Figures:
         """One optimizer step on the batch of `step`; a loss or gradient that is not finite skips it and leaves the EMA alone."""
@@ -123,13 +123,16 @@ class _Trainer:
             self._skip(step)
         self.optimizer.zero_grad(set_to_none=True)
         lr = self.optimizer.param_groups[0]["lr"]
-        return {"loss": loss.detach(), **figures, "grad_norm": norm.detach(), "lr": lr, "skipped_steps": float(self.skipped)}
+        damaged = {"damaged_checkpoints": float(self.damaged_checkpoints)} if self.damaged_checkpoints else {}
+        log = {"grad_norm": norm.detach(), "lr": lr, "skipped_steps": float(self.skipped), **damaged}
+        return {"loss": loss.detach(), **figures, **log}
 
     def _update_ema(self, step: int) -> None:
         decay = min(self.stage.settings.ema_decay, (1 + step) / (10 + step))  # a short run forgets its random start
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.ema[name].lerp_(value.detach(), 1 - decay)
+        for name, parameter in self.model.named_parameters():
+            self.ema[name].lerp_(parameter.detach(), 1 - decay)
+        for name, buffer in self.model.named_buffers():  # prototypes are a moving average already, and of unit length
+            self.ema[name].copy_(buffer)
 
     def _skip(self, step: int) -> None:
         self.skipped += 1
@@ -147,7 +150,12 @@ class _Trainer:
     def checkpoint(self, step: int) -> Checkpoint:
         optimizer = {f"{i}.{k}": v for i, entry in self.optimizer.state_dict()["state"].items() for k, v in entry.items()}
         groups = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": optimizer}
-        return Checkpoint(step, groups, {"stage": self.stage.name, "skipped_steps": self.skipped})
+        counts = {
+            "skipped_steps": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "damaged_checkpoints": self.damaged_checkpoints,
+        }
+        return Checkpoint(step, groups, {"stage": self.stage.name, **counts})
 
     def resume(self, folder: Path) -> int:
         """Load the newest good checkpoint, drop metrics from after it, and return the step to go on with."""
@@ -161,7 +169,8 @@ class _Trainer:
             index, name = key.split(".", 1)
             state["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(state)
-        self.skipped = int(found.state["skipped_steps"])
+        self.skipped, self.skipped_in_a_row = int(found.state["skipped_steps"]), int(found.state["skipped_in_a_row"])
+        self.damaged_checkpoints = int(found.state["damaged_checkpoints"]) + len(found.skipped)
         lines = store.read_json_lines(folder / "metrics.jsonl")
         if any(line["step"] > found.step for line in lines):
             kept = [line for line in lines if line["step"] <= found.step]
@@ -184,7 +193,7 @@ class _Swapped:
 
 
 def learning_rate(settings: StageSection, step: int) -> float:
-    """Linear warm-up to lr, then constant or half a cosine to 0 at the last step."""
+    """Linear warm-up to lr, then constant or half a cosine that reaches 0 after the last step."""
     warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
     if settings.lr_decay == "none" or step < settings.warmup_steps:
         return settings.lr * warmup

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from typing import Literal
@@ -12,9 +11,9 @@ from torch import nn
 
 from engines import store
 from engines.data.longtail import LongTail
-from engines.errors import EngineError, UsageError
+from engines.errors import EngineError, Interrupted, NumericsError, UsageError
 from engines.networks.guide import Guide
-from engines.networks.unet import UNet
+from engines.networks.unet import UNet, parameter_count
 from engines.progress import Report, silent
 from engines.recipe import Recipe
 from engines.store import RunFolder
@@ -37,12 +36,11 @@ def train_run(run: RunFolder, data: LongTail, device: torch.device, report: Repo
         ConflictError: the run was trained on other data.  StorageError, NumericsError, Interrupted: see `loop.train`.
     """
     recipe = run.recipe
-    table = {"names": list(data.names), "counts": data.counts.tolist(), "groups": list(data.groups), "kept_sha256": data.kept_sha256}
-    run.keep_classes(table)
+    run.keep_classes(data.table())
+    data.train.preload(report)
     torch.manual_seed(recipe.seed)  # initial weights
     source, guide = build_unet(recipe, len(data.counts)), build_guide(recipe, data.counts)
-    values = 2 * sum(p.numel() for p in source.parameters()) + sum(p.numel() for p in guide.parameters())
-    store.require_space(run.path, BYTES_PER_VALUE * values)
+    _require_space(run, {"source": parameter_count(source), "target": parameter_count(source), "guide": parameter_count(guide)})
     trained = {"source": _timed(run, source_stage(recipe, data, source, device), device, report)}
 
     target = build_unet(recipe, len(data.counts))
@@ -90,26 +88,27 @@ def load_guide(run: RunFolder) -> Guide:
     return guide
 
 
-def weights_sha256(network: nn.Module) -> str:
-    """sha256 over names, shapes and float32 values of a network's state, in order."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def training_steps(recipe: Recipe) -> dict[str, int]:
     """Steps of each stage."""
     return {"source": recipe.source.train_steps, "target": recipe.target.train_steps, "guide": recipe.guide.train_steps}
 
 
+def _require_space(run: RunFolder, values: dict[str, int]) -> None:
+    """Refuse where the disk cannot hold what the unfinished stages still write; what they hold already counts as theirs."""
+    unfinished = [stage for stage, steps in training_steps(run.recipe).items() if store.newest_step(run.stage(stage)) < steps]
+    held_bytes = sum(file.stat().st_size for stage in unfinished for file in run.stage(stage).rglob("*.safetensors"))
+    store.require_space(run.path, BYTES_PER_VALUE * sum(values[stage] for stage in unfinished) - held_bytes)
+
+
 def _timed(run: RunFolder, stage: Stage, device: torch.device, report: Report) -> int:
     started = time.perf_counter()
     try:
-        return train(stage, run.stage(stage.name), run.recipe.seed, device, report)
-    finally:
+        steps = train(stage, run.stage(stage.name), run.recipe.seed, device, report)
+    except (Interrupted, NumericsError):  # not StorageError: where a checkpoint could not be written, this cannot either, and would hide it
         run.add_cost(f"train.{stage.name}", time.perf_counter() - started)
+        raise
+    run.add_cost(f"train.{stage.name}", time.perf_counter() - started)
+    return steps
 
 
 def _load_ema(run: RunFolder, stage: str, network: nn.Module) -> None:

@@ -175,6 +175,7 @@ class SynthSection(Section):
     classifier_free_scale: NonNegative = 0.0  # w in (1 + w) eps(y) - w eps(); 0 = one evaluation a step
     clip_denoised: bool = True
     fill_to: CountOrZero = 0  # N_fill; 0 = the largest class
+    max_bad: CountOrZero = 10  # images with values that are not finite, none of them written, before synthesis stops
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 

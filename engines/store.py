@@ -119,10 +119,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"cannot read {path}: {error}", "train again, or restore the file") from None
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what a killed writer left behind."""
+    return _TEMPORARY.match(path.name) is not None
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed writers left behind in a folder that this process has locked."""
     for path in folder.glob(".*.tmp"):
-        if _TEMPORARY.match(path.name):
+        if is_temporary(path):
             path.unlink(missing_ok=True)
 
 

@@ -39,14 +39,24 @@ def guide_stage(recipe: Recipe, data: LongTail, guide: Guide, device: torch.devi
         indices = class_batch(members, probabilities, settings.batch_size, recipe.seed, step, "guide")
         batch = draw(data.train, indices, settings, schedule, recipe.seed, "guide", step)
         features = guide(batch.x, batch.j)
-        latest.update(features=features.detach(), y=batch.y)
+        latest.update(features=features.detach(), y=batch.y, step=torch.tensor(step))
         l_pc = prototype_contrastive_loss(features, batch.y, guide.prototypes, guide.log_prior, guide.tau).mean()
         return l_pc, {"l_pc": l_pc.detach()}
 
     def move_prototypes() -> None:
-        guide.prototypes.copy_(update_prototypes(guide.prototypes, latest["features"], latest["y"], settings.prototype_momentum))
+        momentum = early_momentum(settings.prototype_momentum, int(latest["step"]))
+        guide.prototypes.copy_(update_prototypes(guide.prototypes, latest["features"], latest["y"], momentum))
 
     return Stage("guide", settings, guide, loss, after_step=move_prototypes)
+
+
+def early_momentum(momentum: float, step: int) -> float:
+    """m of Eq. 11, smaller in the first steps: min(m, (1 + n) / (10 + n)).
+
+    The features of an untrained encoder are nearly alike, and so are their class means; at m = 0.999 prototypes would keep
+    that start for thousands of steps while the encoder learns to fit it. Averaging over the steps so far lets them follow.
+    """
+    return min(momentum, (1 + step) / (10 + step))
 
 
 @torch.no_grad()

@@ -50,8 +50,11 @@ TRAJECTORY_IMAGES = 4
 MAX_PSNR_DB = 200.0  # what equal images are given
 
 
-def export_run(run: RunFolder, models: tuple[Model, ...] = ("target",), report: Report = silent) -> list[EngineCard]:
+def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = silent) -> list[EngineCard]:
     """Export trained networks of a run to `engines/onnx/<model>.onnx`; one that is exported already and still fits is kept.
+
+    Args:
+        models: which; default `synth.model`.
 
     Raises:
         UsageError: a stage is not trained.
@@ -60,6 +63,7 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = ("target",), report: 
     from engines.training.stages import load_unet  # reads checkpoints, and brings the training with it
 
     recipe, cards = run.recipe, []
+    models = models or (recipe.synth.model,)
     for done, model in enumerate(models):
         report("export", done, len(models), {})
         unet = load_unet(run, model)

@@ -1,0 +1,173 @@
+"""What will be made: which classes and how many images of each, and the plan, which fixes every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from engines import recipe as recipes
+from engines import store
+from engines.backends.base import EngineCard
+from engines.data.names import find_class, shorten
+from engines.errors import ConflictError, UsageError
+from engines.recipe import Recipe
+from engines.store import RunFolder
+
+Model = Literal["target", "source"]
+
+PLAN_FILE = "plan.json"
+_NOT_PIXELS = ("model", "engine", "fill_to", "max_bad")  # of [synth]: the first two are named by what they stand for
+_SHOWN = 3  # differing keys in a message
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that fixes the pixels of image (class, index); how many are made is not part of it.
+
+    Attributes:
+        identity: flat, of plain JSON values.
+        versions: of the packages at hand when the plan was made; told, not compared.
+    """
+
+    identity: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @cached_property
+    def id(self) -> str:
+        """32 hexadecimal digits, equal exactly when every value of the identity is."""
+        return recipes.digest(self.identity)[:32]
+
+    @property
+    def names(self) -> list[str]:
+        """K class names."""
+        return list(self.identity["classes"])
+
+
+def make_plan(
+    recipe: Recipe, classes: Mapping[str, Any], model: Model, card: EngineCard, guide_sha256: str, versions: Mapping[str, str]
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        classes: the run's class table.
+        card: of the engine that will run.
+        guide_sha256: of the guide's weights; "" where nothing needs it.
+    """
+    identity: dict[str, Any] = {
+        "format": 1,
+        "classes": list(classes["names"]),
+        "data.kept_sha256": classes["kept_sha256"],
+        "image": list(card.shape),
+        "model": model,
+        "weights_sha256": card.weights_sha256,
+        "guide_sha256": guide_sha256,
+        "engine.kind": card.kind,
+        "engine.precision": card.precision,
+        "engine.file_sha256": card.file_sha256,
+        "diffusion.steps": recipe.diffusion.steps,
+        "diffusion.noise_schedule": recipe.diffusion.noise_schedule,
+        "select.distance_band": recipe.select.distance_band,
+    }
+    synth = recipe.synth.model_dump(mode="json")
+    identity |= {f"synth.{key}": value for key, value in synth.items() if key not in _NOT_PIXELS}
+    return Plan(identity, versions)
+
+
+def keep_plan(folder: Path, plan: Plan) -> None:
+    """Store the plan in a synthesis folder that this process has locked, or check that it is the one of before.
+
+    Raises:
+        ConflictError: images of another plan lie there; the message names the keys that differ.
+        DataError: a damaged plan.
+    """
+    stored = folder / PLAN_FILE
+    if not stored.exists():
+        store.write_json(stored, {"plan": plan.id, "identity": dict(plan.identity), "versions": dict(plan.versions)})
+        return
+    before = store.read_json(stored)
+    if before.get("plan") == plan.id:
+        return
+    old, new = before.get("identity", {}), plan.identity
+    changed = [key for key in (*new, *(k for k in old if k not in new)) if old.get(key) != new.get(key)]
+    told = "; ".join(f"{key} = {_brief(old.get(key))} there, {_brief(new.get(key))} now" for key in changed[:_SHOWN])
+    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    raise ConflictError(f"{folder} holds images of another plan ({told}{more})", f"--out DIR puts these elsewhere; or remove {folder}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a place that is not a synthesis folder and not free. Writes nothing. Raises ConflictError."""
+    elsewhere = "--out DIR names a new folder"
+    if folder.is_symlink():
+        raise ConflictError(f"{folder} is a symbolic link", f"--out {folder.resolve()} if that is what is meant")
+    if folder.exists() and not folder.is_dir():
+        raise ConflictError(f"{folder} is a file", elsewhere)
+    if folder.is_dir() and not (folder / PLAN_FILE).exists():
+        foreign = [p.name for p in folder.iterdir() if p.name != ".lock" and not store.is_temporary(p)]
+        if foreign:
+            raise ConflictError(f"{folder} is not empty and holds no synthesized images ({sorted(foreign)[0]!r} lies there)", elsewhere)
+
+
+# ----------------------------------------------------------------------------------------------------------- a request
+
+
+def asked_classes(run: RunFolder, typed: Sequence[str], n: int) -> dict[int, int]:
+    """n images of each class that a person named. Raises UsageError for an unknown class, or n < 1."""
+    if n < 1:
+        raise UsageError(f"--n {n} asks for no image", "--n 50, say; or --fill for every tail class")
+    names = run.classes()["names"]
+    return {find_class(name, names): n for name in typed}
+
+
+def fill_classes(run: RunFolder) -> dict[int, int]:
+    """Every medium and few class up to N_fill: max(0, N_fill - N_k) images, N_fill = synth.fill_to or the largest class.
+
+    Raises UsageError where no class lacks any.
+    """
+    table = run.classes()
+    counts = np.array(table["counts"], dtype=np.int64)
+    full = run.recipe.synth.fill_to or int(counts.max())
+    tail = [k for k, group in enumerate(table["groups"]) if group != "many"]
+    wanted = {k: full - int(counts[k]) for k in tail if counts[k] < full}
+    if not wanted:
+        raise UsageError(f"no medium or few class has fewer than {full} images", "--set synth.fill_to=N with a larger N")
+    return wanted
+
+
+def by_model(run: RunFolder, wanted: Mapping[int, int], source_ready: bool) -> dict[Model, dict[int, int]]:
+    """Which network draws which class: `synth.model`; but a head class is not drawn by a target model that has forgotten it.
+
+    Args:
+        source_ready: the source model is at hand as well.
+
+    Raises UsageError for a head class where it is not.
+    """
+    table, recipe = run.classes(), run.recipe
+    forgets = recipe.synth.model == "target" and recipe.target.adapt_on != "all"
+    parts: dict[Model, dict[int, int]] = {}
+    for k, n in wanted.items():
+        head = forgets and table["groups"][k] == "many"
+        if head and not source_ready:
+            raise UsageError(
+                f"{shorten(table['names'][k])!r} is a head class: the target model was adapted to the tail and has forgotten it",
+                "diffrc export --model source, then the same command: the source model draws it",
+            )
+        parts.setdefault("source" if head else recipe.synth.model, {})[k] = n
+    return parts
+
+
+def folder_of(run: RunFolder, model: Model, out: Path | None) -> Path:
+    """A folder holds one plan: images by another model than `synth.model` go to the folder's neighbor `<name>-source`."""
+    folder = run.synth if out is None else out
+    return folder if model == run.recipe.synth.model else folder.absolute().with_name(f"{folder.absolute().name}-{model}")
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:13]}..."

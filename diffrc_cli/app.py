@@ -8,14 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import TyperException
 
-from diffrc_cli import __version__, console, recipe
+from diffrc_cli import __version__, console, data, evaluate, export, recipe, report, run, synth, train
 from engines.errors import DiffRCError, Interrupted, StorageError
 
 if TYPE_CHECKING:
@@ -49,13 +47,9 @@ def diffrc(
     """
 
 
-for _name in ("run", "data", "train", "export", "synth", "evaluate", "report"):  # in the order of the work
-    if find_spec(f"diffrc_cli.{_name}"):
-        _module = import_module(f"diffrc_cli.{_name}")
-        if hasattr(_module, "app"):
-            app.add_typer(_module.app, name=_name)
-        else:
-            app.command(_name)(getattr(_module, _name))
+for command in (run.run, train.train, export.export, synth.synth, evaluate.evaluate, report.report):  # in the order of the work
+    app.command()(command)
+app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 
 

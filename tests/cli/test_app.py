@@ -28,7 +28,7 @@ Diffrc = Callable[..., subprocess.CompletedProcess[str]]
 
 def command_paths() -> list[tuple[str, ...]]:
     """Every command, groups' ones too: ("train",), ("recipe", "ls"), ..."""
-    single = [(str(command.name),) for command in application.app.registered_commands]
+    single = [(command.callback.__name__,) for command in application.app.registered_commands if command.callback]
     for group in application.app.registered_groups:
         assert group.typer_instance
         single += [(str(group.name), str(c.name or c.callback.__name__)) for c in group.typer_instance.registered_commands if c.callback]

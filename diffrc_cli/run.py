@@ -1,0 +1,58 @@
+"""`diffrc run`: the whole job, from a data set to a report that says whether synthesis helped."""
+
+from __future__ import annotations
+
+from diffrc_cli import console
+from diffrc_cli.options import DataOption, DeviceOption, JsonOption, NewRunOption, RecipeArgument, SetOption
+from diffrc_cli.train import recipe_of_run
+
+
+def run(
+    recipe: RecipeArgument = None,
+    data: DataOption = None,
+    run: NewRunOption = None,
+    overrides: SetOption = None,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Train, export, fill the tail, evaluate, report: everything in one command; after a kill the same command continues.
+
+    Example: diffrc run digits-lt
+    """
+    from diffrc_cli.evaluate import show
+    from engines import store
+    from engines.backends.export import export_run
+    from engines.data.longtail import prepare
+    from engines.evaluation.accuracy import evaluate_run, verdict
+    from engines.evaluation.report import write_report
+    from engines.synthesis.synthesize import fill_run
+    from engines.training.stages import choose_device, train_run
+
+    settings, path = recipe_of_run(recipe, data, run, overrides)
+    where = choose_device(device)
+    tail = prepare(settings.data, None)
+    if not len(tail.test):
+        raise _no_test_images(settings.data.source)
+    with store.locked(path):
+        folder = store.create_run(path, settings)
+        with console.progress() as report:
+            train_run(folder, tail, where, report)
+            export_run(folder, (settings.synth.model,), report)
+            made = fill_run(folder, tail, report)
+            table = evaluate_run(folder, tail, report)
+        page = write_report(folder)
+    if json:
+        console.emit_json({"run": str(path), "synthesized": made, "evaluation": table.to_json(), "report": str(page)})
+        return
+    show(table)
+    console.say(verdict(table))
+    console.say(f"report: {page}")
+
+
+def _no_test_images(source: str) -> Exception:
+    from engines.errors import DataError
+
+    return DataError(
+        f"the {source} data has no test images, so nothing can be proved on it",
+        "keep some a class: --set data.test_per_class=10, or add a test folder; diffrc train and synth need none",
+    )

@@ -92,3 +92,15 @@ def tiny_copy(tiny_run: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_run, path)
     (path.parent / "latest.json").write_text('{"run": "digits-lt"}', encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def exported_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run with its network exported. To be read only."""
+    from engines import store
+    from engines.backends.export import export_run
+
+    path = tmp_path_factory.mktemp("exported") / "runs" / "digits-lt"
+    shutil.copytree(tiny_run, path)
+    export_run(store.open_run(path))
+    return path

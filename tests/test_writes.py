@@ -23,7 +23,6 @@ WRITERS = {
     "hardlink_to",
 } | {
     "rename",
-    "unlink",
     "rmtree",
     "copyfile",
     "copytree",
@@ -36,7 +35,7 @@ FUNCTIONS = {"save_file", "rmtree", "copyfile", "copytree"}  # writers that are 
 
 
 def writes(source: str) -> list[str]:
-    """`line: call` for every call that writes, renames or removes a file without the store."""
+    """`line: call` for every call that writes or renames a file, or removes a folder, without the store."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return [f"{call.lineno}: {ast.unparse(call)[:80]}" for call in calls if is_write(call)]
 
@@ -51,8 +50,10 @@ def is_write(call: ast.Call) -> bool:
         flags = ast.unparse(call.args[1])
         return any(flag in flags for flag in ("O_WRONLY", "O_RDWR", "O_CREAT")) and ast.unparse(call.args[0]) != "os.devnull"
     if name in ("open", "fdopen", "ZipFile"):
+        if owner[:1].isupper() and owner != "Path":  # a class's own `open`
+            return False
         # The mode is the second argument of open(file, mode), the first of path.open(mode).
-        position = 0 if name == "open" and owner and owner not in ("io", "tarfile", "gzip", "bz2", "lzma", "Image", "codecs") else 1
+        position = 0 if name == "open" and owner and owner not in ("io", "tarfile", "gzip", "bz2", "lzma", "codecs") else 1
         given = next((k.value for k in call.keywords if k.arg == "mode"), call.args[position] if len(call.args) > position else None)
         return given is not None and not (
             isinstance(given, ast.Constant) and isinstance(given.value, str) and not set(given.value) & set("wax+")

@@ -160,8 +160,15 @@ class _Trainer:
     def resume(self, folder: Path) -> int:
         """Load the newest good checkpoint, drop metrics from after it, and return the step to go on with."""
         found = store.load_checkpoint(folder)
-        if found is None:
-            return 0
+        if found is not None:
+            self._load(found)
+        first = found.step if found else 0
+        lines = store.read_json_lines(folder / "metrics.jsonl")
+        if any(line["step"] > first for line in lines):
+            store.write_json_lines(folder / "metrics.jsonl", [line for line in lines if line["step"] <= first])
+        return first
+
+    def _load(self, found: Checkpoint) -> None:
         self.model.load_state_dict(dict(found.groups["model"]))
         self.ema = {name: value.to(self.device) for name, value in found.groups["ema"].items()}
         state = self.optimizer.state_dict()
@@ -171,11 +178,6 @@ class _Trainer:
         self.optimizer.load_state_dict(state)
         self.skipped, self.skipped_in_a_row = int(found.state["skipped_steps"]), int(found.state["skipped_in_a_row"])
         self.damaged_checkpoints = int(found.state["damaged_checkpoints"]) + len(found.skipped)
-        lines = store.read_json_lines(folder / "metrics.jsonl")
-        if any(line["step"] > found.step for line in lines):
-            kept = [line for line in lines if line["step"] <= found.step]
-            store.write_json_lines(folder / "metrics.jsonl", kept)
-        return found.step
 
 
 class _Swapped:

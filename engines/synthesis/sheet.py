@@ -25,6 +25,7 @@ from engines.errors import DataError
 
 MAX_PNG_BYTES = 1 << 26
 REJECTED = "rejected"  # the folder, inside a class's, of images that the selection dropped
+_LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
 _NAME = re.compile(r"^(\d{6,9})\.png$")
 
 Labels = npt.NDArray[np.int64]
@@ -102,6 +103,10 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
     """
     remedy = "the same diffrc synth command makes it again"
     try:
+        if not data.endswith(_LAST_CHUNK):  # Pillow is content with a file that lacks its end
+            raise ValueError("it is cut off")
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.verify()  # the checksums of all chunks; an image that was verified cannot be loaded
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             assert isinstance(image, PngImagePlugin.PngImageFile)
             image.load()

@@ -1,0 +1,147 @@
+"""A plan fixes pixels and nothing else; a request says how many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import store
+from engines.errors import ConflictError, DataError, UsageError
+from engines.recipe import Recipe, SynthSection, TargetSection
+from engines.store import RunFolder
+from engines.synthesis import plan as plans
+
+
+def run_of(path: Path, **sections: Any) -> RunFolder:
+    recipe = Recipe(name="test", **sections)
+    run = RunFolder(path, recipe)
+    names, counts = ["cat", "black swan", "ringlet", "cheetah"], [200, 50, 8, 5]
+    groups = ["many", "medium", "few", "few"]
+    store.write_json(path / "classes.json", {"names": names, "counts": counts, "groups": groups, "kept_sha256": ""})
+    return run
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "synth.steps=4",
+        "synth.seed=1",
+        "synth.sampler=ddim",
+        "synth.guidance_scale=0.3",
+        "synth.batch_size=6",
+        "synth.clip_denoised=false",
+        "synth.guidance_interval=[0, 500]",
+        "synth.classifier_free_scale=0.5",
+        "select.distance_band=2.0",
+        "diffusion.noise_schedule=cosine",
+    ],
+)
+def test_whatever_changes_pixels_changes_the_plan(override: str, make_maker: Any) -> None:
+    assert make_maker(override).plan.id != make_maker().plan.id
+
+
+@pytest.mark.parametrize(
+    "override", ["synth.fill_to=9", "synth.max_bad=1", "synth.engine=torch", "select.max_tries=9.0", "export.opset=21"]
+)
+def test_what_does_not_change_pixels_does_not_change_the_plan(override: str, make_maker: Any) -> None:
+    assert make_maker(override).plan.id == make_maker().plan.id
+
+
+def test_other_weights_another_guide_and_another_engine_are_another_plan(make_maker: Any) -> None:
+    maker = make_maker()
+    table = {"names": ["zero", "one", "two"], "kept_sha256": "of the data"}
+    card = maker.engine.card
+
+    def plan_of(card: Any, guide: str = "of the guide", table: Any = table, model: Any = "target") -> str:
+        return plans.make_plan(maker.recipe, table, model, card, guide, {}).id
+
+    assert plan_of(card) == maker.plan.id, "versions are told, not compared"
+    others = {
+        plan_of(card.model_copy(update={"weights_sha256": "x"})),
+        plan_of(card.model_copy(update={"file_sha256": "x"})),
+        plan_of(card.model_copy(update={"kind": "onnx"})),
+        plan_of(card, guide="x"),
+        plan_of(card, table=table | {"names": ["zero", "two", "one"]}),
+        plan_of(card, model="source"),
+        maker.plan.id,
+    }
+    assert len(others) == 7
+
+
+def test_a_folder_keeps_its_plan_and_refuses_another_naming_what_differs(tmp_path: Path, make_maker: Any) -> None:
+    plans.keep_plan(tmp_path, make_maker().plan)
+    before = (tmp_path / "plan.json").read_bytes()
+    plans.keep_plan(tmp_path, make_maker().plan)
+    with pytest.raises(ConflictError, match=r"synth\.steps = 3 there, 9 now; synth\.seed = 0 there, 7 now") as failure:
+        plans.keep_plan(tmp_path, make_maker("synth.steps=9", "synth.seed=7").plan)
+    assert failure.value.exit_code == 5
+    assert "--out" in failure.value.remedy
+    assert (tmp_path / "plan.json").read_bytes() == before
+
+
+def test_a_damaged_plan_is_a_data_error(tmp_path: Path, make_maker: Any) -> None:
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(DataError):
+        plans.keep_plan(tmp_path, make_maker().plan)
+
+
+def test_a_plan_can_be_read_by_people(tmp_path: Path, make_maker: Any) -> None:
+    plans.keep_plan(tmp_path, make_maker().plan)
+    table = json.loads((tmp_path / "plan.json").read_text())
+    assert table["plan"] == make_maker().plan.id
+    assert table["identity"]["classes"] == ["zero", "one", "two"]
+    assert table["identity"]["synth.steps"] == 3
+
+
+def test_only_a_free_or_an_own_folder_is_taken(tmp_path: Path, make_maker: Any) -> None:
+    plans.check_folder(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".lock").touch()
+    (tmp_path / "empty" / ".plan.json.123.0a1b2c3d.tmp").touch()  # what a kill before the plan leaves
+    plans.check_folder(tmp_path / "empty")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for name in ("photos", "photos/cat.jpg", "link"):
+        with pytest.raises(ConflictError):
+            plans.check_folder(tmp_path / name)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_no_image_is_nothing_to_ask_for(n: int, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        plans.asked_classes(run_of(tmp_path), ["ringlet"], n)
+
+
+def test_classes_are_asked_as_people_type_them(tmp_path: Path) -> None:
+    assert plans.asked_classes(run_of(tmp_path), ["Black-Swan", "cheetah"], 7) == {1: 7, 3: 7}
+    with pytest.raises(UsageError, match="no class named"):
+        plans.asked_classes(run_of(tmp_path), ["blackswna"], 7)
+
+
+def test_filling_brings_every_medium_and_few_class_to_the_largest_or_to_n_fill(tmp_path: Path) -> None:
+    assert plans.fill_classes(run_of(tmp_path)) == {1: 150, 2: 192, 3: 195}
+    assert plans.fill_classes(run_of(tmp_path, synth=SynthSection(fill_to=20))) == {2: 12, 3: 15}
+    with pytest.raises(UsageError):
+        plans.fill_classes(run_of(tmp_path, synth=SynthSection(fill_to=5)))
+
+
+def test_a_head_class_is_drawn_by_the_source_model_or_refused_with_the_reason(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    assert plans.by_model(run, {0: 5, 2: 5}, source_ready=True) == {"source": {0: 5}, "target": {2: 5}}
+    with pytest.raises(UsageError, match="forgotten") as failure:
+        plans.by_model(run, {0: 5}, source_ready=False)
+    assert "--model source" in failure.value.remedy
+    assert plans.by_model(run_of(tmp_path, synth=SynthSection(model="source")), {0: 5, 2: 5}, False) == {"source": {0: 5, 2: 5}}
+    assert plans.by_model(run_of(tmp_path, target=TargetSection(adapt_on="all")), {0: 5, 2: 5}, False) == {"target": {0: 5, 2: 5}}
+
+
+def test_two_models_never_share_a_folder(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    assert plans.folder_of(run, "target", None) == tmp_path / "synth"
+    assert plans.folder_of(run, "source", None) == tmp_path / "synth-source"
+    assert plans.folder_of(run, "source", tmp_path / "here") == tmp_path / "here-source"

@@ -51,6 +51,9 @@ def tiny_settings() -> tuple[str, ...]:
     """What `--set` makes of digits-lt so that it trains in a second: every stage, every file, no quality."""
     stages = ("source", "target", "guide")
     return (
+        "data.head_count=24",
+        "data.imbalance=8.0",
+        "data.test_per_class=4",
         "unet.model_channels=16",
         "unet.num_head_channels=16",
         "guide.model_channels=16",

@@ -1,0 +1,301 @@
+"""What each stage trains on what: frozen source, Eq. 9's classes, dropped labels, prototypes that only Eq. 11 moves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffrc_cli.recipe import embedded
+from engines.data.batches import by_class, class_batch, class_probabilities
+from engines.data.decode import Frame
+from engines.data.images import ArrayReader, ImageSet, Shelf
+from engines.data.longtail import LongTail
+from engines.diffusion.losses import variational_loss
+from engines.diffusion.schedule import make_schedule
+from engines.recipe import Recipe, load
+from engines.training import target as target_module
+from engines.training.diffusion import NoisedBatch, build_unet, diffusion_loss, draw, dropped_labels, training_schedule
+from engines.training.guide import accuracy_by_noise, build_guide, early_momentum, guide_stage, warm_start
+from engines.training.loop import train
+from engines.training.source import masked_counts, source_stage
+from engines.training.target import target_stage
+
+CPU = torch.device("cpu")
+COUNTS = np.array([12, 6, 5, 3])
+GROUPS = ("many", "medium", "few", "few")
+
+
+def tail(groups: tuple[str, ...] = GROUPS) -> LongTail:
+    """Four classes of 8 px, each gray in its own way."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), COUNTS)
+    pixels = (rng.integers(0, 40, (len(labels), 8, 8, 1)) + 60 * labels[:, None, None, None]).astype(np.uint8)
+    images = ImageSet(labels, ("a", "b", "c", "d"), Shelf(ArrayReader(pixels, "test"), Frame(8, 1)))
+    return LongTail(images, images, images, COUNTS, groups, "0")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def recipe(tiny_settings: tuple[str, ...]) -> Recipe:
+    return load(embedded()["digits-lt"].read_text(encoding="utf-8"), tiny_settings)
+
+
+def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+def awake(network: Any) -> Any:
+    """Without the zeroed layers, whose output no image changes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return network
+
+
+# --------------------------------------------------------------------------------------------------------- what is shared
+
+
+def test_a_batch_is_noised_by_equation_2_and_named_by_seed_stage_and_step(recipe: Recipe) -> None:
+    schedule, indices = make_schedule("cosine", 1000), np.array([0, 13, 25, 25])
+    batch = draw(tail().train, indices, recipe.source, schedule, 0, "source", 3)
+    abar = schedule.alphas_cumprod[batch.j].view(-1, 1, 1, 1)
+    torch.testing.assert_close(batch.x, abar.sqrt() * batch.x0 + (1 - abar).sqrt() * batch.noise)
+    assert batch.y.tolist() == [0, 1, 3, 3]
+    assert not torch.equal(batch.noise[2], batch.noise[3])  # the same image comes under other noise
+    again = draw(tail().train, indices, recipe.source, schedule, 0, "source", 3)
+    assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in ("x0", "y", "j", "noise", "x"))
+    for seed, stage, step in ((1, "source", 3), (0, "target", 3), (0, "source", 4)):
+        assert not torch.equal(draw(tail().train, indices, recipe.source, schedule, seed, stage, step).noise, batch.noise)
+
+
+def test_timesteps_are_drawn_per_image_uniformly_or_once_a_group(recipe: Recipe) -> None:
+    schedule = make_schedule("cosine", 10)
+    many = draw(tail().train, np.zeros(2000, dtype=np.int64), recipe.source, schedule, 0, "source", 0).j
+    assert torch.bincount(many, minlength=10).sub(200).abs().max() < 60
+    grouped = draw(tail().train, np.zeros(12, dtype=np.int64), recipe.source, schedule, 0, "source", 0, group_size=4).j.view(3, 4)
+    assert (grouped == grouped[:, :1]).all()
+    assert len(grouped[:, 0].unique()) > 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_labels_are_dropped_in_their_share_to_the_null_label(share: float) -> None:
+    y = torch.arange(4000) % 4
+    dropped = dropped_labels(y, share, 4, 0, "source", 0)
+    assert set(dropped[dropped != y].tolist()) <= {4}
+    assert float((dropped == 4).float().mean()) == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+    assert torch.equal(dropped, dropped_labels(y, share, 4, 0, "source", 0))
+
+
+def test_the_loss_is_equation_3_plus_t_times_the_weighted_variational_term() -> None:
+    schedule = make_schedule("linear", 1000)
+    x0, noise, output = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4), torch.randn(3, 2, 4, 4)
+    j = torch.tensor([1, 300, 900])
+    abar = schedule.alphas_cumprod[j].view(-1, 1, 1, 1)
+    batch = NoisedBatch(x0, torch.zeros(3), j, noise, abar.sqrt() * x0 + (1 - abar).sqrt() * noise)
+    base = (noise - output[:, :1]).square().mean()
+    vlb = 1000 * variational_loss(schedule, x0, batch.x, j, output[:, :1], output[:, 1:]).mean()
+    total, figures = diffusion_loss(schedule, batch, output, vlb_weight=0.001)
+    torch.testing.assert_close(total, base + 0.001 * vlb)
+    torch.testing.assert_close(torch.stack([figures["l_base"], figures["l_vlb"]]), torch.stack([base, vlb]))
+    plain, figures = diffusion_loss(schedule, batch, output[:, :1], vlb_weight=0.001)
+    assert set(figures) == {"l_base"}
+    torch.testing.assert_close(plain, base)
+
+
+# ------------------------------------------------------------------------------------------------------------------ source
+
+
+@pytest.mark.parametrize(("train_on", "wanted"), [("head", {0}), ("all", {0, 1, 2, 3})])
+def test_the_source_sees_the_head_or_all_classes_as_the_recipe_says(
+    train_on: str, wanted: set[int], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.training import source as source_module
+
+    seen: set[int] = set()
+
+    def watched(images: ImageSet, indices: Any, *rest: Any) -> NoisedBatch:
+        seen.update(images.labels[indices].tolist())
+        return draw(images, indices, *rest)
+
+    monkeypatch.setattr(source_module, "draw", watched)
+    recipe = changed(recipe, "source", train_on=train_on)
+    stage = source_stage(recipe, tail(), build_unet(recipe, 4), CPU)
+    for step in range(20):
+        stage.loss(step)
+    assert seen == wanted
+
+
+def test_masked_counts_keep_the_given_classes_alone() -> None:
+    assert masked_counts(tail(), np.array([1, 3])).tolist() == [0, 6, 0, 3]
+
+
+def test_a_conditional_model_is_given_labels_and_the_null_label_in_their_share(recipe: Recipe) -> None:
+    recipe = changed(changed(recipe, "unet", class_cond=True), "source", label_dropout=0.5, train_on="all", batch_size=64)
+    unet = build_unet(recipe, 4)
+    assert unet.label_emb.weight.shape[0] == 5
+    given: list[Tensor] = []
+    unet.register_forward_pre_hook(lambda _m, inputs: given.append(inputs[2]))
+    stage = source_stage(recipe, tail(), unet, CPU)
+    for step in range(3):
+        stage.loss(step)
+    assert set(torch.cat(given).tolist()) == {0, 1, 2, 3, 4}
+    assert 0.35 < float((torch.cat(given) == 4).float().mean()) < 0.65
+
+
+# ------------------------------------------------------------------------------------------------------------------ target
+
+
+def two_models(recipe: Recipe) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    source, unet = awake(build_unet(recipe, 4)), build_unet(recipe, 4)
+    unet.load_state_dict(source.state_dict())
+    return source, unet
+
+
+def test_the_source_is_frozen_gets_no_gradient_and_stays_equal(recipe: Recipe, tmp_path: Any) -> None:
+    source, unet = two_models(recipe)
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    stage = target_stage(recipe, tail(), source, unet, CPU)
+    train(stage, tmp_path, 0, CPU)
+    assert not source.training
+    assert all(p.grad is None and not p.requires_grad for p in source.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_both_models_are_given_the_same_images_and_timesteps_in_groups_of_one_tail_class(recipe: Recipe) -> None:
+    source, unet = two_models(recipe)
+    given: dict[str, list[Tensor]] = {"source": [], "target": []}
+    source.register_forward_pre_hook(lambda _m, inputs: given["source"].extend(inputs[:2]))
+    unet.register_forward_pre_hook(lambda _m, inputs: given["target"].extend(inputs[:2]))
+    target_stage(recipe, tail(), source, unet, CPU).loss(0)
+    assert all(torch.equal(a, b) for a, b in zip(given["source"], given["target"], strict=True))
+    assert len(given["source"][1].unique()) > 2  # t is drawn per image
+
+
+def test_equation_10_is_l_base_plus_lambda_l_pair(recipe: Recipe) -> None:
+    totals = {}
+    for weight in (0.0, 0.5, 2.0):
+        source, unet = two_models(recipe)
+        unet.eval()
+        stage = target_stage(changed(recipe, "target", lambda_pair=weight), tail(), source, unet, CPU)
+        total, figures = stage.loss(0)
+        totals[weight] = float(total.detach())
+        assert ("l_pair" in figures) == (weight > 0)
+    l_pair = float(figures["l_pair"])
+    assert l_pair > 0
+    assert totals[0.5] - totals[0.0] == pytest.approx(0.5 * l_pair, rel=1e-3)
+    assert totals[2.0] - totals[0.0] == pytest.approx(2 * l_pair, rel=1e-3)
+
+
+def test_equation_9_counts_no_head_class_and_is_a_mean_over_the_batch_or_a_sum(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts_given: list[Tensor] = []
+
+    def one_each(_source: Tensor, _target: Tensor, counts: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+        counts_given.append(counts)
+        return torch.ones(len(counts)), torch.zeros(len(counts)), torch.zeros(len(counts))
+
+    monkeypatch.setattr(target_module, "pair_diversity_loss", one_each)
+    source, unet = two_models(recipe)
+    for reduction in ("batch_mean", "sum"):
+        counts_given.clear()
+        settings = changed(recipe, "target", adapt_on="all", batch_size=32, pair_reduction=reduction)
+        stage = target_stage(settings, tail(), source, unet, CPU)
+        l_pair = float(stage.loss(0)[1]["l_pair"])
+        assert set(counts_given[0].tolist()) == set(COUNTS.tolist())  # N_k of each group's class, eight groups of four images
+        of_tail = int((counts_given[0] != COUNTS[0]).sum())
+        assert l_pair == pytest.approx(of_tail / (32 if reduction == "batch_mean" else 1))
+    only_head = target_stage(settings, tail(groups=("many",) * 4), source, unet, CPU)
+    _, figures = only_head.loss(0)
+    assert float(figures["l_pair"]) == 0
+
+
+def test_the_adapted_classes_are_medium_and_few_unless_the_recipe_says_all(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def watched(images: ImageSet, indices: Any, *rest: Any) -> NoisedBatch:
+        runs = images.labels[indices].reshape(-1, recipe.target.group_size)
+        assert (runs == runs[:, :1]).all()
+        seen.update(runs[:, 0].tolist())
+        return draw(images, indices, *rest)
+
+    monkeypatch.setattr(target_module, "draw", watched)
+    source, unet = two_models(recipe)
+    for adapt_on, wanted in (("medium+few", {1, 2, 3}), ("all", {0, 1, 2, 3})):
+        seen.clear()
+        stage = target_stage(changed(recipe, "target", adapt_on=adapt_on), tail(), source, unet, CPU)
+        for step in range(15):
+            stage.loss(step)
+        assert seen == wanted
+
+
+def test_a_source_that_never_saw_a_label_is_given_the_null_label_for_it(recipe: Recipe) -> None:
+    recipe = changed(changed(recipe, "unet", class_cond=True), "target", label_dropout=0.0, adapt_on="all", batch_size=32)
+    source, unet = two_models(recipe)
+    given: dict[str, Tensor] = {}
+    source.register_forward_pre_hook(lambda _m, inputs: given.update(source=inputs[2]))
+    unet.register_forward_pre_hook(lambda _m, inputs: given.update(target=inputs[2]))
+    target_stage(recipe, tail(), source, unet, CPU).loss(0)
+    assert set(given["target"].tolist()) == {0, 1, 2, 3}
+    assert torch.equal(given["source"], torch.where(given["target"] == 0, 0, 4))
+
+
+# ------------------------------------------------------------------------------------------------------------------- guide
+
+
+def test_a_warm_prototype_is_its_classs_mean_feature_of_unit_length(recipe: Recipe) -> None:
+    data, guide = tail(), build_guide(recipe, COUNTS)
+    warm_start(guide, recipe, data, CPU)
+    schedule = training_schedule(recipe, CPU)
+    for k, members in enumerate(by_class(data.train.labels, 4)):
+        batch = draw(data.train, members, recipe.guide, schedule, recipe.seed, "guide/warm-start", k)
+        with torch.no_grad():
+            mean = guide(batch.x, batch.j).double().mean(0)
+        torch.testing.assert_close(guide.prototypes[k].double(), mean / mean.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_prototypes_move_by_equation_11_alone_with_the_features_of_before_the_step(recipe: Recipe, tmp_path: Any) -> None:
+    data, guide = tail(), build_guide(changed(recipe, "guide", dropout=0.0), COUNTS)
+    warm_start(guide, recipe, data, CPU)
+    c = guide.prototypes.double().numpy().copy()
+    seen: list[Tensor] = []
+    guide.register_forward_hook(lambda _m, _i, out: seen.append(out.detach().double()))
+    train(guide_stage(recipe, data, guide, CPU), tmp_path, recipe.seed, CPU)
+    members, probabilities = by_class(data.train.labels, 4), class_probabilities(COUNTS, recipe.guide.class_sampling)
+    for step, features in enumerate(seen):
+        m = early_momentum(recipe.guide.prototype_momentum, step)
+        labels = data.train.labels[class_batch(members, probabilities, recipe.guide.batch_size, recipe.seed, step, "guide")]
+        for f, k in zip(features.numpy(), labels, strict=True):
+            c[k] = m * c[k] + (1 - m) * f
+        c /= np.linalg.norm(c, axis=1, keepdims=True)
+    np.testing.assert_allclose(guide.prototypes, c, rtol=1e-3, atol=1e-5)  # the EMA's too: prototypes are not averaged twice
+    torch.testing.assert_close(guide.prototypes.norm(dim=1), torch.ones(4))
+
+
+def test_the_momentum_of_equation_11_is_m_once_the_first_steps_are_over() -> None:
+    assert early_momentum(0.999, 0) == 0.1
+    assert early_momentum(0.999, 90) == 0.91
+    assert early_momentum(0.999, 10_000) == 0.999
+    assert early_momentum(0.0, 10_000) == 0.0
+
+
+def test_the_log_prior_is_that_of_the_training_set(recipe: Recipe) -> None:
+    np.testing.assert_allclose(build_guide(recipe, COUNTS).log_prior.exp(), COUNTS / COUNTS.sum(), rtol=1e-5)
+    flat = build_guide(changed(recipe, "guide", class_prior=False), COUNTS)
+    np.testing.assert_allclose(flat.log_prior.exp(), [0.25] * 4, rtol=1e-5)
+
+
+def test_accuracy_by_noise_is_class_balanced_and_does_not_depend_on_training_state(recipe: Recipe) -> None:
+    data, guide, schedule = tail(), build_guide(recipe, COUNTS), training_schedule(recipe, CPU)
+    guide.log_prior.copy_(torch.tensor([0.0, -1e4, -1e4, -1e4]))  # always class 0: right in one class of four
+    table = accuracy_by_noise(guide, data.train, schedule, seed=0)
+    assert table["t"] == [round(999 * i / 10) for i in range(11)]
+    assert table["accuracy"] == [0.25] * 11
+    assert table["confidence"] == [1.0] * 11
+    assert table["images"] == len(data.train)
+    assert replace(data).train is data.train

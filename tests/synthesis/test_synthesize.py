@@ -1,0 +1,519 @@
+"""An image is a function of plan, class and index; a folder survives whatever happens to its writer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engines import store
+from engines.data.batches import to_pixels
+from engines.data.longtail import prepare
+from engines.diffusion.noise import batch_noise
+from engines.diffusion.schedule import make_schedule, respace
+from engines.errors import ConflictError, EngineError, Interrupted, NumericsError, UsageError
+from engines.interrupt import StopRequest
+from engines.recipe import load
+from engines.synthesis import synthesize as synthesis
+from engines.synthesis.sheet import read_images
+from engines.synthesis.synthesize import ImageId, Maker, denoiser, make_folder, open_maker, synthesize
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = 'name = "test"'
+HOSTILE = [
+    *("../../x", "/etc/x", "con", "a/b", "dot.", "x" * 10_000, "nul\0", "\u202ertl"),
+    *("🦢", "Swan", "swan", "--help", "{0}", "[red]x", "", " ", "\n"),
+]
+WANTED = {0: 3, 2: 6}
+
+
+def images_of(folder: Path) -> dict[str, str]:
+    """Every PNG of a folder, its sheet left out, and the manifest, by sha256."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "sheet.png", "guidance.json")]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def silent_log(_: object) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------------ what an image is
+
+
+@pytest.fixture(scope="module")
+def torch_maker(make_maker: Any) -> Maker:
+    maker: Maker = make_maker()
+    return maker
+
+
+@pytest.fixture(scope="module")
+def onnx_maker(exported_run: Path) -> Maker:
+    return open_maker(store.open_run(exported_run, ("synth.batch_size=5", "synth.steps=3", "synth.engine=onnx")), "target")
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_an_image_is_bit_identical_whatever_else_is_in_its_batch(runtime: str, request: pytest.FixtureRequest) -> None:
+    maker: Maker = request.getfixturevalue(f"{runtime}_maker")
+    everyone = [ImageId(k, i) for k in range(3) for i in range(10)]
+    alone = {image: maker.draw([image], silent_log)[0].pixels for image in everyone}
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        batch: dict[int, ImageId] = {}
+        for at in rng.permutation(len(everyone))[: rng.integers(2, 12)]:
+            batch[everyone[at].row(5)] = everyone[at]
+        drawn = maker.draw(list(batch.values()), silent_log)
+        assert {d.image for d in drawn} == set(batch.values())
+        for one in drawn:
+            assert np.array_equal(one.pixels, alone[one.image])  # type: ignore[arg-type]
+    distinct = {pixels.tobytes() for pixels in alone.values() if pixels is not None}
+    assert len(distinct) == len(everyone)
+
+
+@pytest.mark.parametrize("override", ["synth.sampler=ddim", "synth.guidance_scale=0.0", "synth.classifier_free_scale=1.0", "synth.seed=3"])
+def test_every_setting_of_the_sampler_reaches_the_pixels(override: str, torch_maker: Maker, make_maker: Any) -> None:
+    other = make_maker(override).draw([ImageId(1, 0)], silent_log)[0].pixels
+    assert not np.array_equal(other, torch_maker.draw([ImageId(1, 0)], silent_log)[0].pixels)
+
+
+def test_a_batch_is_always_full_and_holds_what_was_asked(torch_maker: Maker) -> None:
+    sizes: list[int] = []
+
+    class Spy:
+        card = torch_maker.engine.card
+
+        def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+            sizes.append(len(x))
+            return torch_maker.engine(x, t, y)
+
+    replace(torch_maker, engine=Spy()).draw([ImageId(0, 1)], silent_log)
+    assert sizes == [5, 5, 5]
+
+
+def test_the_last_step_of_one_is_the_engines_own_prediction(make_maker: Any) -> None:
+    """With one step, no guidance and DDIM, the image is x_0 of Eq. 6 from the image's own noise: worked out by hand."""
+    maker: Maker = make_maker("synth.steps=1", "synth.sampler=ddim", "synth.guidance_scale=0.0", "diffusion.noise_schedule=cosine")
+    image = ImageId(2, 4)
+    keys = [synthesis.image_key(0, 2, 4)] * 5
+    x = batch_noise(keys, 0, (1, 8, 8))
+    schedule = respace(make_schedule("cosine", 20), 1)
+    abar = schedule.alphas_cumprod[0]
+    eps = maker.engine(x, schedule.timesteps.expand(5).clone(), torch.full((5,), 2))[:, :1]
+    x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
+    (drawn,) = maker.draw([image], silent_log)
+    assert drawn.pixels is not None
+    assert np.abs(to_pixels(x0)[0].astype(int) - drawn.pixels).max() <= 1
+
+
+def test_classifier_free_guidance_is_its_formula(make_maker: Any) -> None:
+    card = make_maker().engine.card
+
+    class Labels:
+        """eps = label, variance values = 10 + label."""
+
+        def __init__(self) -> None:
+            self.card = card
+
+        def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+            assert y is not None
+            return torch.cat([torch.zeros_like(x), torch.full_like(x, 10)], 1) + y.view(-1, 1, 1, 1)
+
+    y, x, t = torch.tensor([0, 2]), torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    out = denoiser(Labels(), y, 0.5)(x, t)
+    assert out[:, 0].flatten(1).unique(dim=1).flatten().tolist() == [1.5 * 0 - 0.5 * 3, 1.5 * 2 - 0.5 * 3]  # the null label is 3
+    assert out[:, 1].flatten(1).unique(dim=1).flatten().tolist() == [10, 12]
+    assert torch.equal(denoiser(Labels(), y, 0.0)(x, t), Labels()(x, t, y))
+
+
+@given(batch_size=st.integers(1, 40), wanted=st.dictionaries(st.integers(0, 30), st.integers(0, 60), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_no_batch_has_two_images_in_one_row_and_all_batches_together_have_each_image_once(batch_size: int, wanted: dict[int, int]) -> None:
+    batches = batches_of(wanted, batch_size)
+    assert all(len({image.row(batch_size) for image in batch}) == len(batch) for batch in batches)
+    made = sorted(image for batch in batches for image in batch)
+    assert made == sorted(ImageId(k, i) for k, n in wanted.items() for i in range(n))
+
+
+def test_many_classes_fill_batches_well() -> None:
+    """Rows are fixed by class and index, and still nearly every row of a batch is used."""
+    wanted = {3: 83, 4: 96, 5: 105, 6: 111, 7: 115, 8: 118, 9: 120}
+    assert len(batches_of(wanted, 32)) <= 1.1 * sum(wanted.values()) / 32 + 1
+
+
+# ---------------------------------------------------------------------------------------------------- what a folder holds
+
+
+@pytest.fixture(scope="module")
+def whole(torch_maker: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """WANTED, made without interruption."""
+    folder = tmp_path_factory.mktemp("whole") / "synth"
+    make_folder(folder, torch_maker, WANTED)
+    return folder
+
+
+def test_a_job_leaves_the_images_asked_for_their_manifest_a_sheet_and_the_guidance_figures(whole: Path) -> None:
+    images = sorted(path.relative_to(whole).as_posix() for path in whole.glob("*/*.png"))
+    assert images == [f"two-0002/{i:06d}.png" for i in range(6)] + [f"zero-0000/{i:06d}.png" for i in range(3)]
+    lines = store.read_json_lines(whole / "manifest.jsonl")
+    assert [(line["class"], line["index"]) for line in lines] == [("zero", i) for i in range(3)] + [("two", i) for i in range(6)]
+    assert all(line["kept"] and (whole / line["file"]).is_file() for line in lines)
+    assert (whole / "sheet.png").stat().st_size > 0
+    guidance = json.loads((whole / "guidance.json").read_text())
+    assert guidance["t"] == [19, 10, 0]
+    assert guidance["batches"] >= 2
+    assert all(0.2 <= scale <= 1.0 for scale in guidance["scale"])
+    assert all(value > 0 for value in guidance["guidance_to_noise"][:-1])
+
+
+def test_reading_back_gives_what_was_made(whole: Path, torch_maker: Maker) -> None:
+    pixels, labels = read_images(whole)
+    assert labels.tolist() == [0] * 3 + [2] * 6
+    for row, image in enumerate([ImageId(0, i) for i in range(3)] + [ImageId(2, i) for i in range(6)]):
+        assert np.array_equal(pixels[row], torch_maker.draw([image], silent_log)[0].pixels)  # type: ignore[arg-type]
+
+
+def test_the_same_command_again_makes_nothing(whole: Path, torch_maker: Maker) -> None:
+    before = images_of(whole)
+    result = make_folder(whole, torch_maker, WANTED)
+    assert result.made == 0
+    assert images_of(whole) == before
+
+
+def test_more_images_add_to_what_is_there_and_fewer_take_nothing_away(whole: Path, torch_maker: Maker, tmp_path: Path) -> None:
+    folder = tmp_path / "synth"
+    make_folder(folder, torch_maker, {2: 2})
+    make_folder(folder, torch_maker, {0: 3})
+    result = make_folder(folder, torch_maker, WANTED)
+    assert {c.name: c.made for c in result.classes} == {"zero": 0, "two": 4}
+    assert images_of(folder) == images_of(whole)
+    result = make_folder(folder, torch_maker, {2: 1})
+    assert (result.classes[0].kept, result.made) == (6, 0)
+    assert images_of(folder) == images_of(whole)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_neither_workers_nor_threads_change_a_byte(workers: int, whole: Path, torch_maker: Maker, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        make_folder(tmp_path / "synth", torch_maker, WANTED, workers=workers)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert images_of(tmp_path / "synth") == images_of(whole)
+
+
+def test_another_plan_in_the_same_folder_is_refused_and_changes_nothing(whole: Path, make_maker: Any) -> None:
+    before = images_of(whole)
+    with pytest.raises(ConflictError, match=r"synth\.seed"):
+        make_folder(whole, make_maker("synth.seed=9"), WANTED)
+    assert images_of(whole) == before
+
+
+def test_a_folder_in_use_is_refused(torch_maker: Maker, tmp_path: Path) -> None:
+    with store.locked(tmp_path / "synth"), pytest.raises(ConflictError, match="in use"):
+        make_folder(tmp_path / "synth", torch_maker, WANTED)
+
+
+def test_damaged_missing_and_foreign_images_are_made_again_and_the_manifest_is_rebuilt(
+    whole: Path, torch_maker: Maker, make_maker: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "synth"
+    make_folder(folder, torch_maker, WANTED)
+    make_folder(tmp_path / "other", make_maker("synth.seed=9"), {2: 6})
+    two = folder / "two-0002"
+    (two / "000000.png").write_bytes((two / "000000.png").read_bytes()[:-20])
+    (two / "000001.png").unlink()
+    (two / "000002.png").write_bytes((tmp_path / "other" / "two-0002" / "000002.png").read_bytes())
+    (two / "000003.png").write_bytes((two / "000004.png").read_bytes())
+    (folder / "manifest.jsonl").write_text('{"torn": ')
+    result = make_folder(folder, torch_maker, WANTED)
+    assert result.made == 4
+    assert images_of(folder) == images_of(whole)
+
+
+@pytest.mark.parametrize("hold", ["class folder", "rejected folder"])
+def test_a_class_folder_that_leads_elsewhere_is_refused(hold: str, torch_maker: Maker, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "synth", tmp_path / "elsewhere"
+    make_folder(folder, torch_maker, {0: 1})
+    elsewhere.mkdir()
+    link = folder / "two-0002"
+    if hold == "rejected folder":
+        link.mkdir()
+        link = link / "rejected"
+    link.symlink_to(elsewhere)
+    with pytest.raises(ConflictError, match="symbolic link"):
+        make_folder(folder, torch_maker, WANTED)
+    assert not any(elsewhere.iterdir())
+
+
+def test_hostile_class_names_never_leave_the_folder(make_maker: Any, tmp_path: Path) -> None:
+    for start in range(0, len(HOSTILE) - 2, 3):
+        names = HOSTILE[start : start + 3]
+        maker = make_maker(names=names)
+        folder = tmp_path / "in" / str(start)
+        make_folder(folder, maker, {0: 1, 1: 1, 2: 1})
+        assert len(list(folder.glob("*/000000.png"))) == 3, "no two names share a folder"
+        assert [line["class"] for line in store.read_json_lines(folder / "manifest.jsonl")] == names
+        assert len(read_images(folder)[0]) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+# ----------------------------------------------------------------------------------------------------- what may go wrong
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def dies_at(monkeypatch: pytest.MonkeyPatch, write: int, torn: bool) -> None:
+    """The process ends at its k-th write, before it, or leaving a half-written temporary file or manifest line behind."""
+    count = 0
+
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(path: Path, value: Any) -> None:
+            nonlocal count
+            count += 1
+            if count < write:
+                real(path, value)
+                return
+            if torn and count == write:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if real is append:
+                    with path.open("ab") as file:
+                        file.write(b'{"file": "half')
+                else:
+                    (path.parent / f".{path.name}.123.0a1b2c3d.tmp").write_bytes(b"half")
+            raise Killed
+
+        return wrapper
+
+    append = store.append_json
+    monkeypatch.setattr(store, "write_bytes", counted(store.write_bytes))
+    monkeypatch.setattr(store, "append_json", counted(append))
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_killed_at_any_write_the_same_command_gives_the_same_bytes(
+    torn: bool, whole: Path, torch_maker: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {0: 2, 2: 3}
+    expected: dict[str, str] | None = None
+    points = 0
+    for write in range(1, 1000):
+        folder = tmp_path / str(write) / "synth"
+        with monkeypatch.context() as patch:
+            dies_at(patch, write, torn)
+            try:
+                make_folder(folder, torch_maker, wanted)
+            except Killed:
+                points += 1
+            else:
+                break
+        make_folder(folder, torch_maker, wanted)
+        expected = expected or images_of(folder)
+        assert images_of(folder) == expected, f"killed at write {write}"
+        assert not list(folder.rglob("*.tmp"))
+        assert len(read_images(folder)[0]) == 5
+    assert points >= 14, "plan, manifest, five images and their lines, the manifest again, figures and sheet"
+
+
+def test_a_stop_request_commits_what_is_finished_and_the_same_command_continues(whole: Path, torch_maker: Maker, tmp_path: Path) -> None:
+    folder, stop = tmp_path / "synth", StopRequest()
+
+    def after_the_first_batch(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if list(folder.glob("*/*.png")):
+            stop.signal_number = signal.SIGTERM
+
+    with pytest.raises(Interrupted, match="of 9 images") as failure:
+        make_folder(folder, torch_maker, WANTED, report=after_the_first_batch, stop=stop)
+    assert failure.value.signal_number == signal.SIGTERM
+    there = images_of(folder)
+    assert 1 <= len(there) < 9 + 2
+    make_folder(folder, torch_maker, WANTED)
+    assert images_of(folder) == images_of(whole)
+
+
+def test_a_batch_that_would_outlast_the_grace_is_given_up(torch_maker: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesis, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(synthesis, "REPORT_SECONDS", 0.01)
+    stop, calls = StopRequest(), 0
+
+    class Slow:
+        card = torch_maker.engine.card
+
+        def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+            nonlocal calls
+            calls += 1
+            stop.signal_number = signal.SIGINT
+            time.sleep(0.2)
+            return torch_maker.engine(x, t, y)
+
+    with pytest.raises(Interrupted, match="0 of 9 images"):
+        make_folder(tmp_path / "synth", replace(torch_maker, engine=Slow()), WANTED, stop=stop)
+    assert calls < 3
+    assert not list((tmp_path / "synth").glob("*/*.png"))
+
+
+class OneRowBad:
+    """An engine that returns NaN for one row of every batch."""
+
+    def __init__(self, engine: Any, row: int) -> None:
+        self.card = engine.card
+        self.engine = engine
+        self.row = row
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        out: Tensor = self.engine(x, t, y)
+        out[self.row] = float("nan")
+        return out
+
+
+def test_an_image_that_is_not_finite_is_not_written_but_replaced_and_counted(whole: Path, torch_maker: Maker, tmp_path: Path) -> None:
+    bad_row = ImageId(2, 1).row(5)
+    maker = replace(torch_maker, engine=OneRowBad(torch_maker.engine, bad_row))
+    result = make_folder(tmp_path / "synth", maker, {2: 6})
+    written = sorted(int(path.stem) for path in (tmp_path / "synth" / "two-0002").glob("*.png"))
+    assert written == [0, 2, 3, 4, 5, 7], "1 and 6 fall on the bad row"
+    assert result.not_finite == 2
+    assert result.classes[0].kept == 6
+    good = images_of(whole)
+    for name, digest in images_of(tmp_path / "synth").items():
+        assert name not in good or name == "manifest.jsonl" or name == "plan.json" or digest == good[name], "its neighbors are as ever"
+
+
+def test_too_many_images_that_are_not_finite_end_the_job(make_maker: Any, tmp_path: Path) -> None:
+    maker = make_maker("synth.max_bad=2")
+    with pytest.raises(NumericsError) as failure:
+        make_folder(tmp_path / "synth", replace(maker, engine=OneRowBad(maker.engine, slice(None))), {2: 6})  # type: ignore[arg-type]
+    assert failure.value.exit_code == 7
+    assert not list((tmp_path / "synth").glob("*/*.png"))
+
+
+def test_the_selection_makes_dropped_images_again_with_the_next_index_and_resumes_alike(
+    make_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker: Maker = make_maker("select.distance_band=1.0", "select.max_tries=3.0")
+    features = {i: maker.draw([ImageId(2, i)], silent_log)[0].feature for i in range(12)}
+    band = synthesis.Band(torch.zeros(8), 1.0)
+    kept = {i for i in range(12) if i % 3}  # 0, 3, 6, 9 are dropped
+    known = {tuple(feature.tolist()): i for i, feature in features.items() if feature is not None}
+    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: band})
+    monkeypatch.setattr(synthesis, "distance_to", lambda _, feature: 0.5 if known[tuple(feature.tolist())] in kept else 2.0)
+    result = make_folder(tmp_path / "a", maker, {2: 4})
+    names = sorted(path.relative_to(tmp_path / "a" / "two-0002").as_posix() for path in (tmp_path / "a").rglob("0*.png"))
+    assert names == ["000001.png", "000002.png", "000004.png", "000005.png", "rejected/000000.png", "rejected/000003.png"]
+    assert (result.classes[0].kept, result.classes[0].rejected, result.classes[0].made) == (4, 2, 6)
+    assert len(read_images(tmp_path / "a")[0]) == 4
+    make_folder(tmp_path / "b", maker, {2: 1})
+    make_folder(tmp_path / "b", maker, {2: 4})
+    assert images_of(tmp_path / "b") == images_of(tmp_path / "a")
+
+
+def test_a_selection_that_keeps_nothing_gives_up_after_its_tries(make_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker: Maker = make_maker("select.distance_band=1.0", "select.max_tries=2.0", "synth.max_bad=0")
+    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: synthesis.Band(torch.zeros(8), 1e-9)})
+    result = make_folder(tmp_path / "synth", maker, {2: 3})
+    assert (result.classes[0].kept, result.classes[0].rejected) == (0, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture
+def run_copy(exported_run: Path, tmp_path: Path) -> Path:
+
+    path = tmp_path / "runs" / "digits-lt"
+    shutil.copytree(exported_run, path)
+    return path
+
+
+def test_a_run_that_is_not_exported_is_refused_and_torch_needs_no_export(tiny_copy: Path) -> None:
+    with pytest.raises(EngineError, match="not exported") as failure:
+        synthesize(store.open_run(tiny_copy), {9: 1})
+    assert "diffrc export" in failure.value.remedy
+    assert not (tiny_copy / "synth").exists()
+    (result,) = synthesize(store.open_run(tiny_copy, ("synth.engine=torch",)), {9: 1})
+    assert (result.engine, result.made) == ("torch", 1)
+
+
+def test_an_engine_of_other_weights_is_stale(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesis, "weights_sha256", lambda _: "of later weights")
+    with pytest.raises(EngineError, match="other weights"):
+        synthesize(store.open_run(run_copy), {9: 1})
+
+
+def test_a_batch_larger_than_the_engine_was_checked_for_is_refused(run_copy: Path) -> None:
+    with pytest.raises(EngineError, match="checked up to batch 8"):
+        synthesize(store.open_run(run_copy, ("export.max_batch=64", "synth.batch_size=16")), {9: 1})
+
+
+def test_other_originals_than_those_of_the_training_are_refused(run_copy: Path) -> None:
+    run = store.open_run(run_copy)
+    other = prepare(run.recipe.data.model_copy(update={"profile_seed": 7}), None)
+    with pytest.raises(ConflictError, match="other images"):
+        synthesize(run, {9: 1}, originals=other)
+
+
+def test_a_head_class_is_refused_unless_the_source_was_exported(run_copy: Path) -> None:
+    run = store.open_run(run_copy, ("target.adapt_on=medium+few",))
+    with pytest.raises(UsageError, match="head class"):
+        synthesize(run, {0: 1})
+    run = store.open_run(run_copy, ("synth.engine=torch", "target.adapt_on=medium+few"))
+    (tail, head) = synthesize(run, {9: 1, 0: 1})
+    assert (head.model, head.folder.name) == ("source", "synth-source")
+    assert (tail.model, tail.folder.name) == ("target", "synth")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from engines import store
+from engines.synthesis.synthesize import synthesize
+synthesize(store.open_run(Path(sys.argv[1]), ("synth.steps=60",)), {8: 9, 9: 11})
+"""
+
+
+def test_kill_9_at_three_points_gives_the_same_images_and_no_temporary_files(run_copy: Path, tmp_path: Path) -> None:
+    folder = run_copy / "synth"
+    for point in (0, 5, 12):
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(run_copy)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and process.poll() is None:
+                if (folder / "plan.json").exists() and len(list(folder.glob("*/*.png"))) >= point:
+                    break
+                time.sleep(0.002)
+            assert process.poll() is None, "it was to be killed while it worked"
+        finally:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        assert len(list(folder.glob("*/*.png"))) < 20
+    run = store.open_run(run_copy, ("synth.steps=60",))
+    synthesize(run, {8: 9, 9: 11})
+    synthesize(run, {8: 9, 9: 11}, out=tmp_path / "at once")
+    assert images_of(folder) == images_of(tmp_path / "at once")
+    assert not list(folder.rglob("*.tmp"))
+    assert len(read_images(folder)[0]) == 20
+
+
+def batches_of(wanted: Mapping[int, int], batch_size: int) -> list[list[ImageId]]:
+    """What an empty folder's queue hands out."""
+    recipe = load(RECIPE, (f"synth.batch_size={batch_size}", "synth.max_bad=0"))
+    shelf = synthesis.Shelf(Path(), synthesis.Plan({}, {}), {k: {} for k in wanted})
+    return list(iter(synthesis.Queue(shelf, wanted, recipe).batch, []))

@@ -24,7 +24,7 @@ STAGE_WORDS = {
     "target": "Target model: adapted to the tail (Eq. 10)",
     "guide": "Guide: prototypes on noised images (Eq. 12)",
 }
-CURVES = {"loss": "loss", "l_base": "L_base", "l_pair": "L_pair", "l_pc": "L_PC", "l_vlb": "L_vlb"}
+CURVES = {"loss": "loss", "l_base": "L_base", "l_pair": "L_pair", "l_pc": "L_PC"}  # L_vlb, a sum over T, would dwarf them
 ROWS_SHOWN = 30  # classes listed one by one; of more, the first and last of them
 GROUPS = ("many", "medium", "few")
 
@@ -265,9 +265,8 @@ def _sheets(parts: Parts) -> str:
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         words = f"{_text(caption)}: original images left, generated ones right"
         image = f'<img alt="{words}" src="{source}">'
-        figures += (
-            f'<figure><div class="sheet" style="--w:{_png_width(png)}px">{image}</div><figcaption>{_text(caption)}</figcaption></figure>'
-        )
+        below = f"<figcaption>{_text(caption)}</figcaption>" if len(parts.sheets) > 1 else ""
+        figures += f'<figure><div class="sheet" style="--w:{_png_width(png)}px">{image}</div>{below}</figure>'
     return _section("The images", f"<p>Original images left, generated ones right.</p>{figures}")
 
 

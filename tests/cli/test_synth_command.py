@@ -1,0 +1,155 @@
+"""diffrc export and synth as people call them: what they print, and what they say of each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from diffrc_cli.app import main
+from engines import store
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture
+def call(exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """call("synth", "--fill") -> exit code, stdout, stderr, in a folder whose latest run is trained and exported."""
+    shutil.copytree(exported_run, tmp_path / "runs" / "digits-lt")
+    store.write_json(tmp_path / "runs" / "latest.json", {"run": "digits-lt"})
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert isinstance(end.value.code, int)
+        return Outcome(end.value.code, *capsys.readouterr())
+
+    return run
+
+
+def test_synth_makes_images_and_says_where_they_and_the_contact_sheet_lie(call: Call) -> None:
+    done = call("synth", "--class", "Nine", "--n", "3")
+    assert done.code == 0, done.err
+    assert "contact sheet: runs/digits-lt/synth/sheet.png" in done.out
+    assert "nine" in done.out
+    assert "runs/digits-lt/synth/nine-0009" in done.out
+    assert "onnx" in done.err, "auto says what it chose"
+    assert len(list(Path("runs/digits-lt/synth/nine-0009").glob("*.png"))) == 3
+    assert Path("runs/digits-lt/synth/sheet.png").exists()
+    again = call("synth", "--class", "nine", "--n", "5", "--json")
+    told = json.loads(again.out)
+    assert (told["made"], told["classes"][0]["kept"]) == (2, 5)
+
+
+def test_fill_makes_every_tail_class_as_large_as_n_fill(call: Call) -> None:
+    done = call("synth", "--fill", "--set", "synth.fill_to=12", "--json", "--out", "filled")
+    assert done.code == 0, done.err
+    counts = store.open_run(None).classes()["counts"]
+    made = {row["class"]: row["kept"] for row in json.loads(done.out)["classes"]}
+    names = store.open_run(None).classes()["names"]
+    assert made == {name: 12 - n for name, n in zip(names, counts, strict=True) if n < 12}
+
+
+def test_options_reach_the_plan(call: Call) -> None:
+    done = call(
+        *("synth", "--class", "nine", "--n", "1", "--out", "elsewhere", "--steps", "2", "--sampler", "ddim"),
+        *("--guidance-scale", "0.5", "--seed", "7", "--engine", "torch"),
+    )
+    assert done.code == 0, done.err
+    identity = store.read_json(Path("elsewhere/plan.json"))["identity"]
+    keys = ("synth.steps", "synth.sampler", "synth.guidance_scale", "synth.seed", "engine.kind")
+    assert [identity[key] for key in keys] == [2, "ddim", 0.5, 7, "torch"]
+    assert not Path("runs/digits-lt/synth").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says", "remedy"),
+    [
+        (["synth", "--class", "nine", "--n", "0"], 2, "no image", "--n"),
+        (["synth", "--class", "nine", "--n", "-5"], 2, "no image", "--n"),
+        (["synth", "--class", "nine"], 2, "--n goes with --class", "--n 50"),
+        (["synth"], 2, "either --class", "--fill"),
+        (["synth", "--fill", "--class", "nine"], 2, "either --class", "--fill"),
+        (["synth", "--fill", "--n", "3"], 2, "--n goes with --class", "synth.fill_to"),
+        (["synth", "--class", "nien", "--n", "3"], 2, "no class named 'nien'", "nine"),
+        (["synth", "--class", "nine", "--n", "3", "--steps", "0"], 2, "synth.steps", "diffrc recipe show"),
+        (["synth", "--class", "nine", "--n", "3", "--steps", "5000"], 2, "exceeds", "diffrc recipe show"),
+        (["synth", "--class", "nine", "--n", "3", "--engine", "tensorrt"], 2, "tensorrt", "--help"),
+        (["synth", "--class", "nine", "--n", "3", "--run", "nowhere"], 2, "not a run folder", "diffrc train"),
+        (["synth", "--class", "nine", "--n", "3", "--out", "a-file"], 5, "is a file", "--out"),
+        (["synth", "--class", "nine", "--n", "3", "--out", "a-file/deeper"], 8, "cannot write", "folder that can be written"),
+        (["synth", "--class", "nine", "--n", "3", "--out", "photos"], 5, "not empty", "--out"),
+        (["export", "--run", "nowhere"], 2, "not a run folder", "diffrc train"),
+        (["export", "--engine", "tensorrt"], 2, "tensorrt", "--help"),
+    ],
+)
+def test_a_mistake_gives_one_line_of_cause_one_of_remedy_and_its_exit_code(
+    words: list[str], code: int, says: str, remedy: str, call: Call
+) -> None:
+    Path("a-file").touch()
+    Path("photos").mkdir()
+    Path("photos/cat.jpg").touch()
+    done = call(*words)
+    problem, advice = done.err.splitlines()[-2:]
+    assert done.code == code, done.err
+    assert problem.startswith("error: ")
+    assert says in problem
+    assert advice.startswith("try: ")
+    assert remedy in advice
+    assert "Traceback" not in done.err
+    assert not list(Path().rglob("*.tmp"))
+    assert not Path("runs/digits-lt/synth").exists()
+
+
+def test_a_run_that_is_not_exported_or_not_trained_says_what_to_type(call: Call) -> None:
+    run = Path("runs/digits-lt")
+    shutil.rmtree(run / "engines")
+    done = call("synth", "--class", "nine", "--n", "1")
+    assert done.code == 4
+    assert "diffrc export" in done.err.splitlines()[-1]
+    shutil.rmtree(run / "guide")
+    done = call("synth", "--class", "nine", "--n", "1", "--engine", "torch")
+    assert (done.code, "diffrc train" in done.err.splitlines()[-1]) == (2, True)
+    shutil.rmtree(run / "target")
+    shutil.rmtree(run / "source")
+    done = call("export")
+    assert (done.code, "diffrc train" in done.err.splitlines()[-1]) == (2, True)
+    assert not (run / "synth").exists()
+    assert not list((run / "engines").rglob("*.onnx"))
+
+
+def test_other_settings_in_the_same_folder_are_refused_naming_them(call: Call) -> None:
+    assert call("synth", "--class", "nine", "--n", "1").code == 0
+    done = call("synth", "--class", "nine", "--n", "1", "--steps", "3")
+    assert done.code == 5
+    assert "synth.steps = 4 there, 3 now" in done.err
+    assert "--out" in done.err.splitlines()[-1]
+
+
+def test_a_folder_in_use_is_refused(call: Call) -> None:
+    with store.locked(Path("runs/digits-lt/synth")):
+        assert call("synth", "--class", "nine", "--n", "1").code == 5
+
+
+def test_export_says_what_it_measured_and_nothing_of_its_exporter(call: Call) -> None:
+    done = call("export")
+    assert done.code == 0, done.err
+    assert "target.onnx" in done.out or "source.onnx" in done.out
+    assert "against torch" in done.out
+    assert "torch.onnx" not in done.out + done.err
+    told = json.loads(call("export", "--json").out)
+    assert told["one_step_error"] <= told["tolerance"]
+    assert Path(told["file"]).exists()

@@ -241,6 +241,7 @@ def test_damaged_missing_and_foreign_images_are_made_again_and_the_manifest_is_r
     (two / "000001.png").unlink()
     (two / "000002.png").write_bytes((tmp_path / "other" / "two-0002" / "000002.png").read_bytes())
     (two / "000003.png").write_bytes((two / "000004.png").read_bytes())
+    (two / "000009.png").write_bytes(b"beyond those asked for, and damaged")
     (folder / "manifest.jsonl").write_text('{"torn": ')
     result = make_folder(folder, torch_maker, WANTED)
     assert result.made == 4

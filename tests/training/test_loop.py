@@ -150,7 +150,7 @@ def counted(real):
         return real(*a, **k)
     return wrapper
 
-os.fsync, Path.replace, shutil.rmtree = map(counted, (os.fsync, Path.replace, shutil.rmtree))
+os.fsync, Path.replace, shutil.rmtree = map(counted, (lambda _: None, Path.replace, shutil.rmtree))
 train(toy(), root / "whole", 0, CPU)
 last = calls
 for point in range(1, last + 1, last // 8):

@@ -511,7 +511,7 @@ class _Batch:
 
     @property
     def share(self) -> float:
-        return len(self.log) / self.steps
+        return len(self.log) / (self.steps + 1)  # all of it only when its files are written
 
     @property
     def seconds_left(self) -> float:

@@ -304,11 +304,7 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
     stored = path / "recipe.toml"
     if stored.exists():
         before = recipes.read(stored)
-        changed = [
-            f"{key} = {old} there, {new} now"
-            for key, old, new in recipes.differences(before, recipe)
-            if key.split(".")[0] in _TRAINING_SECTIONS and key not in _MAY_DIFFER
-        ]
+        changed = _training_changes(before, recipe)
         if changed:
             raise ConflictError(
                 f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run, or leave --set out"
@@ -324,14 +320,31 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
 
 
 def open_run(path: Path | None, overrides: tuple[str, ...] = (), root: Path = DEFAULT_ROOT) -> RunFolder:
-    """An existing run; None = the latest one in `root`. Raises UsageError where there is none."""
+    """An existing run; None = the latest one in `root`.
+
+    Raises UsageError where there is none, or where overrides would change what it was trained with.
+    """
     if path is None:
         if not (root / "latest.json").exists():
             raise UsageError(f"there is no run in ./{root}", "diffrc train")
         path = root / str(read_json(root / "latest.json")["run"])
     if not (path / "recipe.toml").exists():
         raise UsageError(f"{path} is not a run folder", "diffrc train makes one; --run names it")
-    return RunFolder(path, recipes.read(path / "recipe.toml", overrides))
+    recipe = recipes.read(path / "recipe.toml", overrides)
+    if overrides and (changed := _training_changes(recipes.read(path / "recipe.toml"), recipe)):
+        raise UsageError(
+            f"{path} was trained with other settings ({'; '.join(changed[:4])})", "diffrc train --run NEW --set ... trains with these"
+        )
+    return RunFolder(path, recipe)
+
+
+def _training_changes(before: Recipe, now: Recipe) -> list[str]:
+    """The settings of training in which two recipes differ, for messages."""
+    return [
+        f"{key} = {old} there, {new} now"
+        for key, old, new in recipes.differences(before, now)
+        if key.split(".")[0] in _TRAINING_SECTIONS and key not in _MAY_DIFFER
+    ]
 
 
 @contextlib.contextmanager

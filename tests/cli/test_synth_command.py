@@ -88,6 +88,8 @@ def test_options_reach_the_plan(call: Call) -> None:
         (["synth", "--class", "nine", "--n", "3", "--steps", "0"], 2, "synth.steps", "diffrc recipe show"),
         (["synth", "--class", "nine", "--n", "3", "--steps", "5000"], 2, "exceeds", "diffrc recipe show"),
         (["synth", "--class", "nine", "--n", "3", "--engine", "tensorrt"], 2, "tensorrt", "--help"),
+        (["synth", "--class", "nine", "--n", "3", "--set", "unet.model_channels=32"], 2, "trained with other settings", "diffrc train"),
+        (["synth", "--class", "nine", "--n", "3", "--set", "diffusion.steps=500"], 2, "diffusion.steps = 1000 there", "diffrc train"),
         (["synth", "--class", "nine", "--n", "3", "--run", "nowhere"], 2, "not a run folder", "diffrc train"),
         (["synth", "--class", "nine", "--n", "3", "--out", "a-file"], 5, "is a file", "--out"),
         (["synth", "--class", "nine", "--n", "3", "--out", "a-file/deeper"], 8, "cannot write", "folder that can be written"),

@@ -23,7 +23,7 @@ from engines import store
 from engines.backends.base import weights_sha256
 from engines.data.longtail import LongTail, prepare
 from engines.errors import ConflictError, EngineError, NumericsError, StorageError, UsageError
-from engines.recipe import Recipe, load
+from engines.recipe import Recipe, load, read
 from engines.training import diffusion, loop, stages
 from engines.training.stages import choose_device, load_guide, load_unet, train_run
 
@@ -159,7 +159,7 @@ def test_a_preview_grid_is_written_by_both_diffusion_stages(
 ) -> None:
     monkeypatch.setattr(diffusion, "PREVIEW_STEPS", 2)
     short = [f"{stage}.{key}" for stage in ("source", "target") for key in ("train_steps=1", "sample_every_steps=1")]
-    recipe = store.open_run(tiny_run, (*short, f"unet.class_cond={conditional}")).recipe
+    recipe = read(tiny_run / "recipe.toml", (*short, f"unet.class_cond={conditional}"))
     source, target = diffusion.build_unet(recipe, 10), diffusion.build_unet(recipe, 10)
     loop.train(stages.source_stage(recipe, data, source, CPU), tmp_path / "source", 0, CPU)
     loop.train(stages.target_stage(recipe, data, source, target, CPU), tmp_path / "target", 0, CPU)
@@ -182,7 +182,7 @@ def test_a_loss_that_stays_not_finite_leaves_no_checkpoint_and_its_cost_is_count
         return loop.Stage(stage.name, stage.settings, stage.model, lambda step: (stage.loss(step)[0] * float("nan"), {}))
 
     monkeypatch.setattr(stages, "source_stage", spoiled)
-    run = store.create_run(tmp_path / "run", store.open_run(tiny_run, ("source.max_nonfinite_steps=2", "source.save_every_steps=1")).recipe)
+    run = store.create_run(tmp_path / "run", read(tiny_run / "recipe.toml", ("source.max_nonfinite_steps=2", "source.save_every_steps=1")))
     with pytest.raises(NumericsError, match="source: 2 steps in a row were not finite"):
         train_run(run, data, CPU)
     assert set(store.read_json(run.path / "cost.json")) == {"train.source"}

@@ -53,7 +53,7 @@ def train_run(run: RunFolder, data: LongTail, device: torch.device, report: Repo
     if trained["guide"] or not accuracy.exists():
         schedule = training_schedule(recipe, device)
         splits = {"train": data.train, "test": data.test}  # the test images are reported on; they choose nothing
-        by_split = {name: guides.accuracy_by_noise(guide, images, schedule, recipe.seed) for name, images in splits.items()}
+        by_split = {name: guides.accuracy_by_noise(guide, part, schedule, recipe.seed) for name, part in splits.items() if len(part)}
         store.write_json(accuracy, by_split)
     return trained
 

@@ -44,6 +44,16 @@ def say(text: str = "") -> None:
     print(clean(text))
 
 
+def prose(text: str) -> None:
+    """A sentence on stdout: broken between words on a terminal, one line in a pipe."""
+    if not _is_terminal(sys.stdout):
+        say(text)
+        return
+    from rich.text import Text
+
+    _console(sys.stdout).print(Text(clean(text)))
+
+
 def note(text: str) -> None:
     """One line on stderr: what a command chose or does, beside its result."""
     print(clean(text), file=sys.stderr)
@@ -147,8 +157,9 @@ def progress() -> Iterator[Report]:
         def render(self, task: Task) -> Text:
             rate = task.finished_speed or task.speed
             left = task.time_remaining
-            clock = f"took {duration(task.elapsed or 0.0)}" if task.finished else f"ETA {'-' if left is None else duration(left)}"
-            return Text(f"{pace(rate)}  {clock}", style="cyan", no_wrap=True, overflow="ellipsis")
+            clock = f"took {duration(task.finished_time or 0.0)}" if task.finished else f"ETA {'-' if left is None else duration(left)}"
+            words = clock if task.finished and not rate else f"{pace(rate)}  {clock}"  # what was there already has no pace
+            return Text(words, style="cyan", no_wrap=True, overflow="ellipsis")
 
     console = _console(sys.stderr)
     columns: list[ProgressColumn] = [
@@ -156,11 +167,13 @@ def progress() -> Iterator[Report]:
         TextColumn("{task.completed:.0f}/{task.total:.0f}", style="green"),
         Pace(),
     ]
-    if console.width >= 60:
+    roomy = console.width >= 60
+    if roomy:  # the figures get what the others leave: without a ratio, rich cuts every column to make room for them
         columns.insert(1, BarColumn(bar_width=16))
-        columns.append(TextColumn("{task.fields[figures]}", markup=False, style="dim", table_column=Column(no_wrap=True)))
+        rest = Column(no_wrap=True, ratio=1)
+        columns.append(TextColumn("{task.fields[figures]}", markup=False, style="dim", table_column=rest))
     # A piped stdout must keep what is printed to it: only a terminal's lines are drawn above the bars.
-    live = Progress(*columns, console=console, redirect_stdout=_is_terminal(sys.stdout), speed_estimate_period=60.0)
+    live = Progress(*columns, console=console, redirect_stdout=_is_terminal(sys.stdout), speed_estimate_period=60.0, expand=roomy)
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
@@ -189,7 +202,8 @@ class PlainProgress:
         self._told[what] = now
         rate = (done - first) / (now - since) if now > since and done > first else None
         clock = f"took {duration(now - since)}" if done >= total else f"ETA {duration((total - done) / rate) if rate else '-'}"
-        words = (clean(what), f"{done}/{total}", pace(rate), clock, figure_text(figures))
+        speed = "" if done >= total and not rate else pace(rate)  # what was there already has no pace
+        words = (clean(what), f"{done}/{total}", speed, clock, figure_text(figures))
         print("  ".join(word for word in words if word), file=self.stream, flush=True)
 
 
@@ -197,6 +211,8 @@ def pace(rate: float | None) -> str:
     """Iterations a second, or seconds an iteration when that reads better; "- it/s" when unknown."""
     if not rate:
         return "- it/s"
+    if rate >= 1000:
+        return f"{rate:,.0f} it/s"
     return f"{rate:.3g} it/s" if rate >= 1 else f"{1 / rate:.3g} s/it"
 
 

@@ -44,7 +44,7 @@ def evaluate(
         console.emit_json(table.to_json())
         return
     show(table)
-    console.say(verdict(table))
+    console.prose(verdict(table))
     console.say(f"kept in: {folder.evaluation / 'accuracy.json'}")
 
 
@@ -74,7 +74,7 @@ def show(table: Table) -> None:
     )
     if table.purity:
         trust = f"itself {table.purity.oracle_accuracy:.1f} % right on the test set"
-        console.say(f"purity: an oracle ({trust}) takes {table.purity.overall:.1f} % of the synthetic images for their class")
+        console.prose(f"purity: an oracle ({trust}) takes {table.purity.overall:.1f} % of the synthetic images for their class")
 
 
 def _figures(row: Row, columns: list[str]) -> list[str]:

@@ -150,6 +150,47 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("rate", "text"), [(None, "- it/s"), (0.0, "- it/s"), (12.34, "12.3 it/s"), (0.5, "2 s/it")])
-def test_a_slow_pace_is_told_in_seconds(rate: float | None, text: str) -> None:
+@pytest.mark.parametrize(
+    ("rate", "text"), [(None, "- it/s"), (0.0, "- it/s"), (12.34, "12.3 it/s"), (5.6e6, "5,600,000 it/s"), (0.5, "2 s/it")]
+)
+def test_a_slow_pace_is_told_in_seconds_and_a_fast_one_without_exponent(rate: float | None, text: str) -> None:
     assert pace(rate) == text
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """What was drawn, without control codes."""
+        return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", self.getvalue()).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+def test_on_a_terminal_of_any_width_a_job_shows_its_name_its_count_and_its_pace(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress() as report:
+        report("decode", 250, 250, {})
+        report("source", 1500, 1500, {"loss": 1.0387, "l_base": 1.0071, "l_vlb": 31.752, "grad_norm": 2.8183, "images_per_second": 1004.2})
+    last = next(line for line in reversed(screen.lines()) if "source" in line)
+    assert "1500/1500" in last
+    assert "took" in last
+    assert max(map(len, screen.lines())) <= columns
+    assert ("loss 1.039" in last) == (columns >= 60)
+
+
+def test_a_sentence_breaks_between_words_on_a_terminal_and_nowhere_in_a_pipe(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "an oracle takes nine of ten [bold]synthetic[/bold] images for the class that they were made for"
+    console.prose(sentence)
+    assert capsys.readouterr().out == sentence + "\n"
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    console.prose(sentence)
+    assert " ".join(" ".join(screen.lines()).split()) == sentence
+    assert max(map(len, screen.lines())) <= 40

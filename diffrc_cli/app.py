@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -19,7 +22,7 @@ from engines.errors import DiffRCError, Interrupted, StorageError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
-INTERNAL_ERROR, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+INTERNAL_ERROR, USAGE_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,14 +62,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        code = app(args=[word for word in words if word != "--debug"], prog_name="diffrc", standalone_mode=False)
+        with _sigterm_unwinds():
+            code = app(args=[word for word in words if word != "--debug"], prog_name="diffrc", standalone_mode=False)
+    except _Terminated:
+        code = TERMINATED
     except Exception as failure:
         if debug:
             traceback.print_exc()
         sys.exit(_tell(failure))
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         console.error("interrupted", "the same command again; training and synthesis continue where they were")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM between the jobs that commit before they stop. No `except Exception` on its way swallows it."""
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM end the command as an exception does, so that temporary files go; by default the process just dies."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def handler(_number: int, _frame: object) -> NoReturn:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _tell(failure: Exception) -> int:

@@ -138,6 +138,27 @@ def test_an_interrupt_is_128_plus_its_signal(monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().err.count("error:") == 2
 
 
+def test_sigterm_between_jobs_unwinds_to_two_lines_and_143(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    cleaned = []
+
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as failure:  # as an exporter does, that wraps whatever failed
+            raise ValueError from failure
+        finally:
+            cleaned.append(True)
+
+    app.command("fail")(command)
+    app.command("other")(lambda: None)
+    monkeypatch.setattr(application, "app", app)
+    code, _, err = called(["fail"], capsys)
+    assert (code, cleaned) == (143, [True])
+    assert err.startswith("error: interrupted\ntry:   the same command again")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_an_unforeseen_failure_is_one_line_and_a_traceback_only_with_debug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

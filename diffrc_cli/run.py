@@ -33,19 +33,21 @@ def run(
     tail = prepare(settings.data, None)
     if not len(tail.test):
         raise _no_test_images(settings.data.source)
-    with store.locked(path):
-        folder = store.create_run(path, settings)
-        with console.progress() as report:
+    with console.progress() as report:
+        for images in (tail.pool, tail.train, tail.test):  # a damaged image is met before a folder is made, not hours later
+            images.preload(report)
+        with store.locked(path):
+            folder = store.create_run(path, settings)
             train_run(folder, tail, where, report)
             export_run(folder, (settings.synth.model,), report)
             made = fill_run(folder, tail, report)
             table = evaluate_run(folder, tail, report)
-        page = write_report(folder)
+            page = write_report(folder)
     if json:
         console.emit_json({"run": str(path), "synthesized": made, "evaluation": table.to_json(), "report": str(page)})
         return
     show(table)
-    console.say(verdict(table))
+    console.prose(verdict(table))
     console.say(f"report: {page}")
 
 

@@ -33,9 +33,10 @@ def train(
     settings, path = recipe_of_run(recipe, data, run, overrides)
     where = choose_device(device)
     tail = prepare(settings.data, None)
-    with store.locked(path):
-        folder = store.create_run(path, settings)
-        with console.progress() as report:
+    with console.progress() as report:
+        tail.train.preload(report)  # a damaged image is met before a folder is made
+        with store.locked(path):
+            folder = store.create_run(path, settings)
             trained = train_run(folder, tail, where, report)
     if json:
         console.emit_json({"run": str(path), "trained_steps": trained})
@@ -50,16 +51,19 @@ def recipe_of_run(recipe: str | None, data: Path | None, run: Path | None, overr
     """The resolved recipe and the run folder of a command that trains.
 
     Without a recipe, an existing run's own recipe counts; without a run, ./runs/<name of the recipe>.
+    Raises UsageError from `resolve`, ConflictError where the folder holds another run or other things.
     """
     from engines.recipe import validate
-    from engines.store import DEFAULT_ROOT
+    from engines.store import DEFAULT_ROOT, stored_recipe
 
     stored = run / "recipe.toml" if run else None
     settings = resolve(str(stored) if recipe is None and stored and stored.exists() else recipe, overrides)
     if data:
         table = settings.model_dump(mode="json")
         settings = validate({**table, "data": {**table["data"], "path": str(data.absolute())}})
-    return settings, run or DEFAULT_ROOT / settings.name
+    path = run or DEFAULT_ROOT / settings.name
+    stored_recipe(path, settings)  # refused before any image is read, and before a lock file lies there
+    return settings, path
 
 
 def _run_option(run: RunFolder) -> str:

@@ -299,7 +299,21 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
     """Make a run folder, or open the one that holds the same training recipe.
 
     Sections after training (export, synth, select, recognizer) may change from call to call; the stored recipe follows.
-    Raises ConflictError naming the keys in which an existing run's training differs, StorageError.
+    Raises ConflictError as `stored_recipe`, StorageError.
+    """
+    before = stored_recipe(path, recipe)
+    if before != recipe:
+        write_text(path / "recipe.toml", recipes.to_toml(recipe))
+    write_json(path / "environment.json", environment())
+    if path.absolute().parent == DEFAULT_ROOT.absolute():  # elsewhere the parent is not ours, and `open_run` does not look there
+        write_json(DEFAULT_ROOT / "latest.json", {"run": path.name})
+    return RunFolder(path, recipe)
+
+
+def stored_recipe(path: Path, recipe: Recipe) -> Recipe | None:
+    """The recipe of the run in a folder, None where there is no run yet. Writes nothing, so it may be asked before the folder is locked.
+
+    Raises ConflictError naming the keys in which its training differs from `recipe`'s, or where the folder holds other things.
     """
     stored = path / "recipe.toml"
     if stored.exists():
@@ -309,14 +323,10 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
             raise ConflictError(
                 f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run, or leave --set out"
             )
-    elif path.exists() and any(p.name != ".lock" for p in path.iterdir()):
+        return before
+    if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
         raise ConflictError(f"{path} is not empty and holds no run", "choose another folder with --run")
-    if not stored.exists() or before != recipe:
-        write_text(stored, recipes.to_toml(recipe))
-    write_json(path / "environment.json", environment())
-    if path.absolute().parent == DEFAULT_ROOT.absolute():  # elsewhere the parent is not ours, and `open_run` does not look there
-        write_json(DEFAULT_ROOT / "latest.json", {"run": path.name})
-    return RunFolder(path, recipe)
+    return None
 
 
 def open_run(path: Path | None, overrides: tuple[str, ...] = (), root: Path = DEFAULT_ROOT) -> RunFolder:

@@ -22,6 +22,7 @@ def run(
     from diffrc_cli.evaluate import show
     from engines import store
     from engines.backends.export import export_run
+    from engines.backends.ort_engine import require_runtime
     from engines.data.longtail import prepare
     from engines.evaluation.accuracy import evaluate_run, verdict
     from engines.evaluation.report import write_report
@@ -30,6 +31,7 @@ def run(
 
     settings, path = recipe_of_run(recipe, data, run, overrides)
     where = choose_device(device)
+    require_runtime()
     tail = prepare(settings.data, None)
     if not len(tail.test):
         raise _no_test_images(settings.data.source)

@@ -320,9 +320,7 @@ def stored_recipe(path: Path, recipe: Recipe) -> Recipe | None:
         before = recipes.read(stored)
         changed = _training_changes(before, recipe)
         if changed:
-            raise ConflictError(
-                f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run, or leave --set out"
-            )
+            raise ConflictError(f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run")
         return before
     if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
         raise ConflictError(f"{path} is not empty and holds no run", "choose another folder with --run")

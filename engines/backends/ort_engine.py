@@ -109,7 +109,8 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from (sparse.values, sparse.indices)
 
 
-def _session(data: bytes, origin: str, threads: int, provider: Provider) -> Any:
+def require_runtime(provider: Provider = "CPUExecutionProvider") -> Any:
+    """The onnxruntime module. Ask before long work that ends in an export. Raises EngineError where it or the provider is missing."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -119,6 +120,11 @@ def _session(data: bytes, origin: str, threads: int, provider: Provider) -> Any:
         raise EngineError(
             f"this ONNX Runtime has no {provider}, only {have}", 'pip install "diffrc[cpu]", and no other onnxruntime beside it'
         )
+    return onnxruntime
+
+
+def _session(data: bytes, origin: str, threads: int, provider: Provider) -> Any:
+    onnxruntime = require_runtime(provider)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1

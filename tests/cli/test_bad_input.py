@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -186,3 +187,13 @@ def test_a_run_folder_in_use_is_refused(
     assert code == 5
     assert f"{run} is in use by another diffrc process" in cause
     assert "wait until it ends" in remedy
+
+
+def test_a_run_without_onnx_runtime_is_refused_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, cause, remedy = refused(("run",), capsys)
+    assert code == 4
+    assert "ONNX Runtime cannot be imported" in cause
+    assert 'pip install "diffrc[cpu]"' in remedy

@@ -22,6 +22,7 @@ Model = Literal["target", "source"]
 
 PLAN_FILE = "plan.json"
 _NOT_PIXELS = ("model", "engine", "fill_to", "max_bad")  # of [synth]: the first two are named by what they stand for
+_GOLDEN = 40503  # / 2^16, the golden ratio's fraction: spreads the classes' first rows evenly over a batch
 _SHOWN = 3  # differing keys in a message
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -48,6 +49,18 @@ class Plan:
     def names(self) -> list[str]:
         """K class names."""
         return list(self.identity["classes"])
+
+
+@dataclass(frozen=True, order=True)
+class ImageId:
+    """An image's name within a plan."""
+
+    class_id: int
+    index: int
+
+    def row(self, batch_size: int) -> int:
+        """Its row in every compute batch, part of what fixes its pixels."""
+        return (self.index + (self.class_id * _GOLDEN * batch_size >> 16)) % batch_size
 
 
 def make_plan(

@@ -12,8 +12,8 @@ from engines.backends.torch_engine import TorchEngine
 from engines.networks.guide import Guide
 from engines.networks.unet import Architecture, UNet
 from engines.recipe import load
+from engines.synthesis.maker import Maker
 from engines.synthesis.plan import make_plan
-from engines.synthesis.synthesize import Maker
 
 RECIPE = """
 name = "test"
@@ -56,3 +56,8 @@ def make_maker() -> MakeMaker:
         return Maker(recipe, plan, "target", engine, guide)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def torch_maker(make_maker: MakeMaker) -> Maker:
+    return make_maker()

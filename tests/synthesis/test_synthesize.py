@@ -1,4 +1,4 @@
-"""An image is a function of plan, class and index; a folder survives whatever happens to its writer."""
+"""A folder survives whatever happens to its writer, and the same command continues it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from engines import store
-from engines.data.batches import to_pixels
 from engines.data.longtail import prepare
-from engines.diffusion.noise import batch_noise
-from engines.diffusion.schedule import make_schedule, respace
 from engines.errors import ConflictError, EngineError, Interrupted, NumericsError, UsageError
 from engines.interrupt import StopRequest
-from engines.recipe import load
+from engines.synthesis import maker as makers
 from engines.synthesis import synthesize as synthesis
+from engines.synthesis.maker import Maker
+from engines.synthesis.plan import ImageId
 from engines.synthesis.sheet import read_images
-from engines.synthesis.synthesize import ImageId, Maker, denoiser, make_folder, open_maker, synthesize
+from engines.synthesis.synthesize import make_folder, synthesize
 
 ROOT = Path(__file__).parent.parent.parent
-RECIPE = 'name = "test"'
 HOSTILE = [
     *("../../x", "/etc/x", "con", "a/b", "dot.", "x" * 10_000, "nul\0", "\u202ertl"),
     *("🦢", "Swan", "swan", "--help", "{0}", "[red]x", "", " ", "\n"),
@@ -51,108 +47,6 @@ def images_of(folder: Path) -> dict[str, str]:
 
 def silent_log(_: object) -> None:
     pass
-
-
-# ------------------------------------------------------------------------------------------------------ what an image is
-
-
-@pytest.fixture(scope="module")
-def torch_maker(make_maker: Any) -> Maker:
-    maker: Maker = make_maker()
-    return maker
-
-
-@pytest.fixture(scope="module")
-def onnx_maker(exported_run: Path) -> Maker:
-    return open_maker(store.open_run(exported_run, ("synth.batch_size=5", "synth.steps=3", "synth.engine=onnx")), "target")
-
-
-@pytest.mark.parametrize("runtime", ["torch", "onnx"])
-def test_an_image_is_bit_identical_whatever_else_is_in_its_batch(runtime: str, request: pytest.FixtureRequest) -> None:
-    maker: Maker = request.getfixturevalue(f"{runtime}_maker")
-    everyone = [ImageId(k, i) for k in range(3) for i in range(10)]
-    alone = {image: maker.draw([image], silent_log)[0].pixels for image in everyone}
-    rng = np.random.default_rng(0)
-    for _ in range(6):
-        batch: dict[int, ImageId] = {}
-        for at in rng.permutation(len(everyone))[: rng.integers(2, 12)]:
-            batch[everyone[at].row(5)] = everyone[at]
-        drawn = maker.draw(list(batch.values()), silent_log)
-        assert {d.image for d in drawn} == set(batch.values())
-        for one in drawn:
-            assert np.array_equal(one.pixels, alone[one.image])  # type: ignore[arg-type]
-    distinct = {pixels.tobytes() for pixels in alone.values() if pixels is not None}
-    assert len(distinct) == len(everyone)
-
-
-@pytest.mark.parametrize("override", ["synth.sampler=ddim", "synth.guidance_scale=0.0", "synth.classifier_free_scale=1.0", "synth.seed=3"])
-def test_every_setting_of_the_sampler_reaches_the_pixels(override: str, torch_maker: Maker, make_maker: Any) -> None:
-    other = make_maker(override).draw([ImageId(1, 0)], silent_log)[0].pixels
-    assert not np.array_equal(other, torch_maker.draw([ImageId(1, 0)], silent_log)[0].pixels)
-
-
-def test_a_batch_is_always_full_and_holds_what_was_asked(torch_maker: Maker) -> None:
-    sizes: list[int] = []
-
-    class Spy:
-        card = torch_maker.engine.card
-
-        def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-            sizes.append(len(x))
-            return torch_maker.engine(x, t, y)
-
-    replace(torch_maker, engine=Spy()).draw([ImageId(0, 1)], silent_log)
-    assert sizes == [5, 5, 5]
-
-
-def test_the_last_step_of_one_is_the_engines_own_prediction(make_maker: Any) -> None:
-    """With one step, no guidance and DDIM, the image is x_0 of Eq. 6 from the image's own noise: worked out by hand."""
-    maker: Maker = make_maker("synth.steps=1", "synth.sampler=ddim", "synth.guidance_scale=0.0", "diffusion.noise_schedule=cosine")
-    image = ImageId(2, 4)
-    keys = [synthesis.image_key(0, 2, 4)] * 5
-    x = batch_noise(keys, 0, (1, 8, 8))
-    schedule = respace(make_schedule("cosine", 20), 1)
-    abar = schedule.alphas_cumprod[0]
-    eps = maker.engine(x, schedule.timesteps.expand(5).clone(), torch.full((5,), 2))[:, :1]
-    x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
-    (drawn,) = maker.draw([image], silent_log)
-    assert drawn.pixels is not None
-    assert np.abs(to_pixels(x0)[0].astype(int) - drawn.pixels).max() <= 1
-
-
-def test_classifier_free_guidance_is_its_formula(make_maker: Any) -> None:
-    card = make_maker().engine.card
-
-    class Labels:
-        """eps = label, variance values = 10 + label."""
-
-        def __init__(self) -> None:
-            self.card = card
-
-        def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-            assert y is not None
-            return torch.cat([torch.zeros_like(x), torch.full_like(x, 10)], 1) + y.view(-1, 1, 1, 1)
-
-    y, x, t = torch.tensor([0, 2]), torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
-    out = denoiser(Labels(), y, 0.5)(x, t)
-    assert out[:, 0].flatten(1).unique(dim=1).flatten().tolist() == [1.5 * 0 - 0.5 * 3, 1.5 * 2 - 0.5 * 3]  # the null label is 3
-    assert out[:, 1].flatten(1).unique(dim=1).flatten().tolist() == [10, 12]
-    assert torch.equal(denoiser(Labels(), y, 0.0)(x, t), Labels()(x, t, y))
-
-
-@given(batch_size=st.integers(1, 40), wanted=st.dictionaries(st.integers(0, 30), st.integers(0, 60), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_no_batch_has_two_images_in_one_row_and_all_batches_together_have_each_image_once(batch_size: int, wanted: dict[int, int]) -> None:
-    batches = batches_of(wanted, batch_size)
-    assert all(len({image.row(batch_size) for image in batch}) == len(batch) for batch in batches)
-    made = sorted(image for batch in batches for image in batch)
-    assert made == sorted(ImageId(k, i) for k, n in wanted.items() for i in range(n))
-
-
-def test_many_classes_fill_batches_well() -> None:
-    """Rows are fixed by class and index, and still nearly every row of a batch is used."""
-    wanted = {3: 83, 4: 96, 5: 105, 6: 111, 7: 115, 8: 118, 9: 120}
-    assert len(batches_of(wanted, 32)) <= 1.1 * sum(wanted.values()) / 32 + 1
 
 
 # ---------------------------------------------------------------------------------------------------- what a folder holds
@@ -454,7 +348,7 @@ def test_a_run_that_is_not_exported_is_refused_and_torch_needs_no_export(tiny_co
 
 
 def test_an_engine_of_other_weights_is_stale(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthesis, "weights_sha256", lambda _: "of later weights")
+    monkeypatch.setattr(makers, "weights_sha256", lambda _: "of later weights")
     with pytest.raises(EngineError, match="other weights"):
         synthesize(store.open_run(run_copy), {9: 1})
 
@@ -514,10 +408,3 @@ def test_kill_9_at_three_points_gives_the_same_images_and_no_temporary_files(run
     assert images_of(folder) == images_of(tmp_path / "at once")
     assert not list(folder.rglob("*.tmp"))
     assert len(read_images(folder)[0]) == 20
-
-
-def batches_of(wanted: Mapping[int, int], batch_size: int) -> list[list[ImageId]]:
-    """What an empty folder's queue hands out."""
-    recipe = load(RECIPE, (f"synth.batch_size={batch_size}", "synth.max_bad=0"))
-    shelf = synthesis.Shelf(Path(), synthesis.Plan({}, {}), {k: {} for k in wanted})
-    return list(iter(synthesis.Queue(shelf, wanted, recipe).batch, []))

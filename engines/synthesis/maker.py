@@ -1,0 +1,170 @@
+"""What turns the names of images into pixels: a run's networks and the sampler, one full batch at a time.
+
+Pixels are fixed by the plan and the image's name: the noise is drawn from them, and so is the row in the compute batch, since
+kernels may round differently from row to row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engines.backends.base import Engine, package_versions, weights_sha256
+from engines.backends.export import onnx_path
+from engines.backends.ort_engine import OrtEngine
+from engines.backends.torch_engine import TorchEngine
+from engines.data.batches import to_pixels
+from engines.data.decode import Pixels
+from engines.diffusion.guidance import prototype_guidance
+from engines.diffusion.noise import batch_noise, image_key
+from engines.diffusion.sampler import Denoiser, StepLog, sample
+from engines.diffusion.schedule import Schedule, make_schedule, respace
+from engines.errors import EngineError
+from engines.networks.guide import Guide
+from engines.recipe import Recipe
+from engines.store import RunFolder
+from engines.synthesis.plan import ImageId, Model, Plan, make_plan
+from engines.synthesis.select import clean_features
+
+
+class Drawn(NamedTuple):
+    """One image of a batch."""
+
+    image: ImageId
+    pixels: Pixels | None  # (H, W, C) uint8; None where a value is not finite
+    feature: Tensor | None  # (D,) of the clean image, where there is a selection
+
+
+class GivenUp(Exception):
+    """A batch that was told to stop between two steps."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What turns the name of an image into pixels."""
+
+    recipe: Recipe
+    plan: Plan
+    model: Model
+    engine: Engine
+    guide: Guide | None
+
+    def check_classes(self, wanted: Iterable[int]) -> None:
+        """Hold the engine to the class table."""
+        rows = self.engine.card.classes
+        assert rows in (0, len(self.plan.names) + 1), "the label embedding has a row for each class and the null label"
+        assert all(0 <= k < len(self.plan.names) for k in wanted)
+
+    def draw(self, images: Sequence[ImageId], log: Callable[[StepLog], None]) -> list[Drawn]:
+        """Sample a batch of images whose rows differ; free rows are filled with copies, so that the batch is always full.
+
+        Args:
+            log: called after each step; may raise to give the batch up.
+        """
+        synth, batch_size = self.recipe.synth, self.recipe.synth.batch_size
+        at = {image.row(batch_size): image for image in images}
+        assert len(at) == len(images), "two images in one row"
+        spare = itertools.cycle(images)
+        rows = [at.get(row) or next(spare) for row in range(batch_size)]
+        y = torch.tensor([image.class_id for image in rows])
+        keys = [image_key(synth.seed, image.class_id, image.index) for image in rows]
+        with torch.no_grad():
+            x = sample(
+                denoiser(self.engine, y, synth.classifier_free_scale),
+                self._schedule(),
+                lambda step: batch_noise(keys, step, self.engine.card.shape),
+                self._guidance(y),
+                synth.sampler,
+                synth.eta,
+                synth.step_unit,
+                synth.clip_denoised,
+                log,
+            )  # (B, C, H, W)
+            features = clean_features(self.guide, x) if self.guide and self.recipe.select.distance_band else None
+        finite = torch.isfinite(x).flatten(1).all(1).tolist()
+        pixels = to_pixels(torch.where(torch.isfinite(x), x, 0.0))
+        return [
+            Drawn(image, pixels[row] if finite[row] else None, None if features is None else features[row])
+            for row, image in sorted(at.items())
+        ]
+
+    def _schedule(self) -> Schedule:
+        diffusion = self.recipe.diffusion
+        return respace(make_schedule(diffusion.noise_schedule, diffusion.steps), self.recipe.synth.steps)
+
+    def _guidance(self, y: Tensor) -> Any:
+        synth = self.recipe.synth
+        if self.guide is None or not synth.guidance_scale:
+            return None
+        return prototype_guidance(
+            self.guide.log_probs,
+            y,
+            synth.guidance_scale,
+            synth.guidance_scale_max,
+            synth.scale_rule,
+            synth.gradient_norm,
+            synth.direction,
+            synth.guidance_interval,
+        )
+
+
+def open_maker(run: RunFolder, model: Model) -> Maker:
+    """The networks of a run, ready to draw. Raises UsageError where a stage is not trained, EngineError for a missing or stale engine."""
+    from engines.training.stages import load_guide, load_unet  # reads checkpoints, and brings the training with it
+
+    recipe = run.recipe
+    unet = load_unet(run, model)
+    engine: Engine
+    if recipe.synth.engine == "torch":
+        engine = TorchEngine(unet, recipe.diffusion.steps, recipe.synth.batch_size)
+    else:
+        path = onnx_path(run, model)
+        if not path.exists():
+            raise EngineError(f"the {model} model of {run.path} is not exported", f"{_export_command(run, model)}; or --engine torch")
+        engine = OrtEngine.load(path, threads=1)
+        if engine.card.weights_sha256 != weights_sha256(unet):
+            raise EngineError(f"{path} was exported from other weights than the run's", _export_command(run, model))
+        if engine.card.max_batch < recipe.synth.batch_size:
+            raise EngineError(
+                f"{path} was checked up to batch {engine.card.max_batch}, synth.batch_size is {recipe.synth.batch_size}",
+                f"{_export_command(run, model)} --set export.max_batch={recipe.synth.batch_size}",
+            )
+    guide = load_guide(run) if recipe.synth.guidance_scale or recipe.select.distance_band else None
+    packages = ("diffrc", "numpy", "pillow", "torch", *(() if engine.card.kind == "torch" else ("onnxruntime", "onnxruntime-gpu")))
+    guide_sha256 = weights_sha256(guide) if guide else ""
+    plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, package_versions(packages))
+    return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False) if guide else None)
+
+
+def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0) -> Denoiser:
+    """An engine with its labels bound, as a sampler calls it.
+
+    With a scale w > 0 and a conditional network, classifier-free guidance (Ho & Salimans 2022):
+
+        eps <- (1 + w) eps(x_t, t, y) - w eps(x_t, t, null)
+
+    The variance values stay those of the labels.
+    """
+    card = engine.card
+    if not card.classes:
+        return lambda x, t: engine(x, t)
+    if not classifier_free_scale:
+        return lambda x, t: engine(x, t, y)
+    null = torch.full_like(y, card.classes - 1)
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        with_label, without = engine(x, t, y), engine(x, t, null)
+        channels = card.image_channels
+        eps = (1 + classifier_free_scale) * with_label[:, :channels] - classifier_free_scale * without[:, :channels]
+        return torch.cat([eps, with_label[:, channels:]], 1)
+
+    return guided
+
+
+def _export_command(run: RunFolder, model: Model) -> str:
+    return "diffrc export" + (" --model source" if model == "source" else "") + f" --run {run.path}"

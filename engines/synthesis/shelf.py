@@ -1,0 +1,163 @@
+"""What a synthesis folder holds and lacks: the images on its shelf, the queue of those still to be made, the guidance figures."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engines import store
+from engines.data.decode import Pixels
+from engines.data.names import slug
+from engines.diffusion.sampler import StepLog
+from engines.errors import ConflictError
+from engines.recipe import Recipe
+from engines.synthesis.plan import ImageId, Plan
+from engines.synthesis.sheet import REJECTED, Record, decode_png, scan_class
+
+
+@dataclass(frozen=True)
+class ClassYield:
+    """What a folder holds of a class that was asked for, after the job."""
+
+    class_id: int
+    name: str
+    asked: int
+    kept: int  # at least `asked`, unless the selection gave up
+    made: int  # by this job, the dropped ones among them
+    rejected: int  # in all
+    folder: Path
+
+
+@dataclass
+class Shelf:
+    """The images that lie in a folder."""
+
+    folder: Path
+    plan: Plan
+    images: dict[int, dict[int, Record]]  # class -> index; each asked class has an entry
+    not_finite: int = 0
+    made: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path, plan: Plan, wanted: Iterable[int]) -> Shelf:
+        """Scan a locked folder: trust what matches its hash, delete what does not and what killed writers left behind."""
+        store.remove_temporaries(folder)
+        shelf = cls(folder, plan, {})
+        for k in range(len(plan.names)):
+            place = folder / slug(plan.names[k], k)
+            if k not in wanted and not place.exists():
+                continue
+            for path in (place, place / REJECTED):
+                if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+                    raise ConflictError(f"{path} is a symbolic link", f"remove it; images are written inside {folder} only")
+                store.remove_temporaries(path)
+            good, bad = scan_class(folder, plan.names, k, plan.id)
+            for path in bad:
+                path.unlink()
+            shelf.images[k] = {index: image.record for index, image in good.items()}
+        shelf.write_manifest()
+        return shelf
+
+    def kept(self, class_id: int) -> int:
+        """Images of a class that the selection kept."""
+        return sum(record.kept for record in self.images[class_id].values())
+
+    def put(self, record: Record, png: bytes) -> None:
+        """Commit an image, then its line of the manifest."""
+        store.write_bytes(self.folder / record.path(), png)
+        store.append_json(self.folder / "manifest.jsonl", record.line())
+        self.images[record.class_id][record.index] = record
+        self.made[record.class_id] = self.made.get(record.class_id, 0) + 1
+
+    def write_manifest(self) -> None:
+        """The manifest, from what the images say about themselves, by class and index."""
+        lines = [self.images[k][i].line() for k in sorted(self.images) for i in sorted(self.images[k])]
+        store.write_text(self.folder / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def first(self, class_id: int, count: int) -> list[Pixels]:
+        """The first kept images of a class, read back."""
+        records = [r for _, r in sorted(self.images[class_id].items()) if r.kept][:count]
+        paths = [self.folder / record.path() for record in records]
+        return [decode_png(path.read_bytes(), self.plan.names[class_id], str(path))[0] for path in paths]
+
+    def yield_of(self, class_id: int, asked: int) -> ClassYield:
+        """What there is of a class now."""
+        name, kept = self.plan.names[class_id], self.kept(class_id)
+        rejected = len(self.images[class_id]) - kept
+        folder = self.folder / slug(name, class_id)
+        return ClassYield(class_id, name, asked, kept, self.made.get(class_id, 0), rejected, folder)
+
+
+class Queue:
+    """Images still to be made: of each class the lowest free indices, as many as it lacks, one queue a row of the batch."""
+
+    def __init__(self, shelf: Shelf, wanted: Mapping[int, int], recipe: Recipe) -> None:
+        self.batch_size = recipe.synth.batch_size
+        tries = recipe.select.max_tries if recipe.select.distance_band else 1.0
+        self._last = {k: round(tries * n) + recipe.synth.max_bad for k, n in wanted.items()}
+        self._taken = {k: set(shelf.images[k]) for k in wanted}
+        self._next = dict.fromkeys(wanted, 0)
+        self._rows: list[deque[ImageId]] = [deque() for _ in range(self.batch_size)]
+        lacking = {k: n - shelf.kept(k) for k, n in wanted.items()}
+        self.total = sum(wanted.values())
+        self.missing = sum(max(0, n) for n in lacking.values())
+        for turn in range(max(lacking.values(), default=0)):
+            for k, lack in lacking.items():
+                if turn < lack:
+                    self.add(k)
+
+    def add(self, class_id: int) -> None:
+        """Ask for one more image of a class; nothing where its tries are used up."""
+        taken = self._taken[class_id]
+        index = self._next[class_id]
+        while index in taken:
+            index += 1
+        self._next[class_id] = index + 1
+        if index < self._last[class_id]:
+            taken.add(index)
+            image = ImageId(class_id, index)
+            self._rows[image.row(self.batch_size)].append(image)
+
+    def batch(self) -> list[ImageId]:
+        """The next images, at most one a row; [] where none waits."""
+        return [row.popleft() for row in self._rows if row]
+
+
+class GuidanceLog:
+    """The sampler's figures, averaged at each timestep over all batches of a folder: guidance.json."""
+
+    def __init__(self, sums: dict[int, list[float]], batches: int) -> None:
+        self._sums = sums
+        self._batches = batches
+
+    @classmethod
+    def open(cls, folder: Path) -> GuidanceLog:
+        """Continue what an earlier job wrote."""
+        if not (folder / "guidance.json").exists():
+            return cls({}, 0)
+        table = store.read_json(folder / "guidance.json")
+        n = table["batches"]
+        figures = zip(table["t"], table["guidance_to_noise"], table["scale"], table["log_prob"], strict=True)
+        return cls({t: [n * value for value in values] for t, *values in figures}, n)
+
+    def add(self, steps: Sequence[StepLog]) -> None:
+        """Count one batch, unless an image in it was not finite: it has no averages."""
+        rows = [(step.t, (step.guidance_to_noise, step.scale, step.log_prob)) for step in steps]
+        if not np.isfinite([values for _, values in rows]).all():
+            return
+        self._batches += 1
+        for t, values in rows:
+            self._sums[t] = [total + value for total, value in zip(self._sums.get(t, (0.0, 0.0, 0.0)), values, strict=True)]
+
+    def write(self, folder: Path) -> None:
+        """Commit the averages; nothing where no batch was made."""
+        if self._batches:
+            order = sorted(self._sums, reverse=True)
+            names = ("guidance_to_noise", "scale", "log_prob")
+            columns = {name: [self._sums[t][i] / self._batches for t in order] for i, name in enumerate(names)}
+            store.write_json(folder / "guidance.json", {"batches": self._batches, "t": order, **columns})

@@ -1,0 +1,35 @@
+"""The queue of images to be made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.recipe import load
+from engines.synthesis.plan import ImageId, Plan
+from engines.synthesis.shelf import Queue, Shelf
+
+
+@given(batch_size=st.integers(1, 40), wanted=st.dictionaries(st.integers(0, 30), st.integers(0, 60), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_no_batch_has_two_images_in_one_row_and_all_batches_together_have_each_image_once(batch_size: int, wanted: dict[int, int]) -> None:
+    batches = batches_of(wanted, batch_size)
+    assert all(len({image.row(batch_size) for image in batch}) == len(batch) for batch in batches)
+    made = sorted(image for batch in batches for image in batch)
+    assert made == sorted(ImageId(k, i) for k, n in wanted.items() for i in range(n))
+
+
+def test_many_classes_fill_batches_well() -> None:
+    """Rows are fixed by class and index, and still nearly every row of a batch is used."""
+    wanted = {3: 83, 4: 96, 5: 105, 6: 111, 7: 115, 8: 118, 9: 120}
+    assert len(batches_of(wanted, 32)) <= 1.1 * sum(wanted.values()) / 32 + 1
+
+
+def batches_of(wanted: Mapping[int, int], batch_size: int) -> list[list[ImageId]]:
+    """What an empty folder's queue hands out."""
+    recipe = load('name = "test"', (f"synth.batch_size={batch_size}", "synth.max_bad=0"))
+    shelf = Shelf(Path(), Plan({}, {}), {k: {} for k in wanted})
+    return list(iter(Queue(shelf, wanted, recipe).batch, []))

@@ -1,18 +1,13 @@
 """Does it help? Accuracy by group over seeds, paired intervals, an oracle's purity, and the grid of controls (METHOD section 5).
 
-Every trained recognizer is kept as one JSON cell with the digest of all it depends on, so that the same command resumes.
+Every trained recognizer is kept as one cell (see `cells`), so that the same command resumes.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import hashlib
 import json
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +19,8 @@ import torch
 from engines import store
 from engines.data.longtail import LongTail
 from engines.errors import UsageError
+from engines.evaluation.cells import CELL_VERSION, Cell, cell_digest, run_cells
 from engines.evaluation.synthetic import ExtraImages, all_pixels, pixel_hashes, refuse_data_folder, refuse_test_images, replay
-from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report, silent
 from engines.recipe import RecognizerSection
 from engines.store import RunFolder
@@ -42,12 +37,11 @@ VARIANTS: tuple[Variant, ...] = ("real", "replay", "replay_as_synthetic", "synth
 TITLES: dict[str, str] = {
     "real": "real",
     "replay": "real + replay",
-    "replay_as_synthetic": "real + replay, treated as synthetic",
+    "replay_as_synthetic": "real + replay, same weight",
     "synthetic": "real + synthetic",
     "cross_entropy": "cross-entropy",
     "balanced_softmax": "balanced softmax",
 }
-CELL_VERSION = 1  # raise it when a change of the code changes what a cell would hold
 RESAMPLES = 2000
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -256,12 +250,12 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
             return {"predicted": predict(model, test_pixels).tolist()}
 
         path = folder / "cells" / f"{variant}.{loss}.{seed}.json"
-        return Cell(path, _digest(images_of(variant, seed), section, loss, seed, test_pixels), train)
+        return Cell(path, cell_digest(images_of(variant, seed), section, loss, seed, test_pixels), train)
 
     device = _device()
     keys = [(variant, loss, seed) for seed in range(section.seeds) for loss in LOSSES for variant in VARIANTS]
     oracle = _oracle_cell(longtail, synthetic, section, folder, device)
-    *results, oracle_result = _run_cells([*(cell(*key) for key in keys), oracle], device, report)
+    *results, oracle_result = run_cells([*(cell(*key) for key in keys), oracle], device, report)
     predicted = {key: np.array(result["predicted"], dtype=np.int64) for key, result in zip(keys, results, strict=True)}
 
     tested = {longtail.groups[label] for label in np.unique(test_labels)}
@@ -325,7 +319,7 @@ def evaluate_run(run: RunFolder, longtail: LongTail, report: Report = silent) ->
 def class_purity(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, report: Report = silent) -> Purity:
     """The share of synthetic images of class k that an oracle, trained on `longtail.pool`, takes for class k."""
     device = _device()
-    [result] = _run_cells([_oracle_cell(longtail, synthetic, section, folder, device)], device, report)
+    [result] = run_cells([_oracle_cell(longtail, synthetic, section, folder, device)], device, report)
     return _purity(result, synthetic.labels, len(longtail.names), len(longtail.pool))
 
 
@@ -339,7 +333,7 @@ def _oracle_cell(longtail: LongTail, synthetic: ExtraImages, section: Recognizer
         return {"accuracy": 100.0 * float(right.mean()), "predicted": predict(model, synthetic.pixels).tolist()}
 
     asked = np.concatenate([synthetic.pixels.reshape(-1), test_pixels.reshape(-1)])
-    return Cell(folder / "cells" / "oracle.json", _digest(images, section, "cross_entropy", 0, asked), train)
+    return Cell(folder / "cells" / "oracle.json", cell_digest(images, section, "cross_entropy", 0, asked), train)
 
 
 def _purity(result: Mapping[str, Any], labels: Labels, classes: int, oracle_images: int) -> Purity:
@@ -357,119 +351,6 @@ def _row(variant: Variant, loss: Loss, predicted: Sequence[Labels], labels: Labe
 
 def _nullable(values: Floats) -> tuple[float | None, ...]:
     return tuple(None if np.isnan(v) else float(v) for v in values)
-
-
-# ---------------------------------------------------------------------------------------------------------------- cells
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training whose result is kept: where, the digest of all it depends on, and how to make it."""
-
-    path: Path
-    digest: str
-    make: Callable[[Report], dict[str, Any]]
-
-    def stored(self) -> dict[str, Any] | None:
-        """The kept result, or None where there is none, or one of other inputs."""
-        if not self.path.exists():
-            return None
-        kept: dict[str, Any] = store.read_json(self.path)
-        return kept if kept.get("digest") == self.digest else None
-
-
-class _Stopped(Exception):
-    """Ends a cell's training when the command is being stopped or another cell has failed."""
-
-
-class _Listener:
-    """Hears every cell from its own thread: adds up the progress, and ends the cells when they are not wanted any more."""
-
-    def __init__(self, cells: int, kept: int, report: Report, stop: StopRequest) -> None:
-        self.cells, self.report, self.stop = cells, report, stop
-        self.abandoned = threading.Event()
-        self._lock = threading.Lock()
-        self._kept = kept
-        self._shares: dict[int, float] = {}  # of each cell's training, by cell
-
-    def of(self, cell: int) -> Report:
-        """What the training of one cell reports to. Raises _Stopped there."""
-
-        def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-            if self.stop.requested or self.abandoned.is_set():
-                raise _Stopped
-            if figures:
-                with self._lock:
-                    self._shares[cell] = done / total
-                    self.tell()
-
-        return hear
-
-    def tell(self) -> None:
-        """Report hundredths of cells, since one may take hours."""
-        done = self._kept + sum(self._shares.values())
-        self.report("evaluate", round(100 * done), 100 * self.cells, {"recognizers": float(int(done))})
-
-
-def _run_cells(cells: Sequence[Cell], device: torch.device, report: Report) -> list[dict[str, Any]]:
-    """Results of all cells, in order; those that are not kept are made and committed one by one."""
-    results = [cell.stored() for cell in cells]
-    todo = [i for i, result in enumerate(results) if result is None]
-    workers = 1 if device.type == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with catch_signals() as stop, _one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        listener = _Listener(len(cells), len(cells) - len(todo), report, stop)
-        listener.tell()
-        jobs = {pool.submit(_one_threaded, cells[i].make, listener.of(i)): i for i in todo}
-        try:
-            for job in concurrent.futures.as_completed(jobs):
-                i = jobs[job]
-                result = {"digest": cells[i].digest, **job.result()}
-                store.write_json(cells[i].path, result)
-                results[i] = result
-        except _Stopped:
-            made = sum(result is not None for result in results)
-            raise stop.error(f"{made} of {len(cells)} recognizers are trained and kept") from None
-        finally:
-            listener.abandoned.set()
-            for job in jobs:
-                job.cancel()
-    return [result for result in results if result is not None]
-
-
-def _one_threaded(make: Callable[[Report], dict[str, Any]], hear: Report) -> dict[str, Any]:
-    hear("cell", 0, 1, {})
-    torch.set_num_threads(1)  # OpenMP keeps this number per calling thread
-    return make(hear)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _digest(images: TrainingImages, section: RecognizerSection, loss: Loss, seed: int, asked: npt.NDArray[np.uint8]) -> str:
-    """sha256 of what a cell's result depends on; keys that cannot matter are left out, so that changing them keeps the cell."""
-    exclude = {"seeds", "synthetic_weight"}  # the weights are hashed themselves
-    if not bool(images.is_extra.any()):
-        exclude |= {"synthetic_prior", "real_only_fraction"}
-    elif loss == "cross_entropy":
-        exclude |= {"synthetic_prior"}
-    settings = {
-        "cell": CELL_VERSION,
-        "torch": torch.__version__,
-        "loss": loss,
-        "seed": seed,
-        **section.model_dump(mode="json", exclude=exclude),
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in (images.pixels, images.labels, images.weights, images.is_extra):
-        digest.update(np.ascontiguousarray(tensor.numpy()).data)
-    digest.update(np.ascontiguousarray(asked).data)
-    return digest.hexdigest()
 
 
 def _device() -> torch.device:

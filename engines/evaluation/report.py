@@ -200,8 +200,8 @@ def _intervals(table: Mapping[str, Any]) -> str:
         f"<h3>Real + synthetic, {_text(table['column'])} classes, difference in points</h3>"
         f'<div class="rows wide">{rows}<span></span><div class="mark">{charts.axis(bounds)}</div><span></span></div>'
         '<p class="note">Dots right of the line: synthesis is better. The bars are 95 % bootstrap intervals over seeds and test images, '
-        "pair by pair. <i>Replay</i> duplicates real tail images as often as there are synthetic ones; <i>treated as synthetic</i> gives "
-        "the duplicates the same loss weight and prior as well, so that only the images differ.</p>"
+        "pair by pair. <i>Replay</i> duplicates real tail images as often as there are synthetic ones; <i>same weight</i> gives the "
+        "duplicates the loss weight and prior of the synthetic images as well, so that only the images differ.</p>"
     )
 
 

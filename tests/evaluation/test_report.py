@@ -113,7 +113,7 @@ def test_the_page_says_the_verdict_the_figures_and_how_to_make_it_again() -> Non
         "90.0",
         "+4.0",
         "97.5 %",
-        "real + replay, treated as synthetic",
+        "real + replay, same weight",
         "diffrc run demo.toml",
         "1 min 07 s",
         "75 %",

@@ -54,23 +54,16 @@ def show(table: Table) -> None:
 
     columns = list(table.rows[0].figures)
     seeds = "1 seed" if table.seeds == 1 else f"{table.seeds} seeds, mean ± sample deviation"
+    for loss in dict.fromkeys(row.loss for row in table.rows):  # a table each: both side by side are too wide for 80 columns
+        rows = [(TITLES[row.variant], *_figures(row, columns)) for row in table.rows if row.loss == loss]
+        console.table(
+            f"{TITLES[loss].capitalize()}: top-1 % on {table.test_images:,} test images ({seeds})", ("trained on", *columns), rows
+        )
+    intervals = [(c, c.interval) for c in table.comparisons]
     console.table(
-        f"Top-1 % on {table.test_images:,} test images ({seeds})",
-        ("trained on", "loss", *columns),
-        [(TITLES[row.variant], TITLES[row.loss], *_figures(row, columns)) for row in table.rows],
-    )
-    console.table(
-        f"Real + synthetic against a control, {table.column} classes, points",
-        ("control", "loss", "difference", "95 % from", "to", "synthesis"),
-        [
-            (
-                TITLES[c.against],
-                TITLES[c.loss],
-                *(f"{value:+.1f}" for value in (c.interval.difference, c.interval.low, c.interval.high)),
-                c.interval.outcome,
-            )
-            for c in table.comparisons
-        ],
+        f"Real + synthetic minus a control, {table.column} classes, points, 95 % interval",
+        ("control", "loss", "points", "95 %", "it"),
+        [(TITLES[c.against], TITLES[c.loss], f"{i.difference:+.1f}", f"{i.low:+.1f} to {i.high:+.1f}", i.outcome) for c, i in intervals],
     )
     if table.purity:
         trust = f"itself {table.purity.oracle_accuracy:.1f} % right on the test set"
@@ -78,7 +71,7 @@ def show(table: Table) -> None:
 
 
 def _figures(row: Row, columns: list[str]) -> list[str]:
-    return [f"{f.mean:.1f} ± {f.spread:.1f}" if f.n > 1 else f"{f.mean:.1f}" for f in (row.figures[c] for c in columns)]
+    return [f"{f.mean:.1f}±{f.spread:.1f}" if f.n > 1 else f"{f.mean:.1f}" for f in (row.figures[c] for c in columns)]
 
 
 def _data_path(path: Path) -> str:

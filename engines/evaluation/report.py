@@ -20,7 +20,7 @@ from engines.store import RunFolder
 
 STAGES = ("source", "target", "guide")
 STAGE_WORDS = {
-    "source": "Source model: diffusion on the head (Eq. 5)",
+    "source": "Source model: diffusion (Eq. 5)",
     "target": "Target model: adapted to the tail (Eq. 10)",
     "guide": "Guide: prototypes on noised images (Eq. 12)",
 }

@@ -290,6 +290,13 @@ def test_the_log_prior_is_that_of_the_training_set(recipe: Recipe) -> None:
     np.testing.assert_allclose(flat.log_prior.exp(), [0.25] * 4, rtol=1e-5)
 
 
+def test_accuracy_by_noise_takes_a_bounded_number_of_images_from_each_class(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, few = tail(), int(min(COUNTS)) + 1
+    monkeypatch.setattr("engines.training.guide.ACCURACY_IMAGES", few * len(COUNTS))
+    table = accuracy_by_noise(build_guide(recipe, COUNTS), data.train, training_schedule(recipe, CPU), seed=0)
+    assert table["images"] == np.minimum(COUNTS, few).sum() < len(data.train)
+
+
 def test_accuracy_by_noise_is_class_balanced_and_does_not_depend_on_training_state(recipe: Recipe) -> None:
     data, guide, schedule = tail(), build_guide(recipe, COUNTS), training_schedule(recipe, CPU)
     guide.log_prior.copy_(torch.tensor([0.0, -1e4, -1e4, -1e4]))  # always class 0: right in one class of four

@@ -20,7 +20,7 @@ from engines.training.loop import Figures, Stage
 
 WARM_START_IMAGES = 64  # a class, for the prototype's first mean
 NOISE_LEVELS = 11  # at which accuracy is reported
-ACCURACY_IMAGES = 2_000  # for it, spread evenly over the classes
+ACCURACY_IMAGES = 500  # for it, spread evenly over the classes
 
 
 def build_guide(recipe: Recipe, class_counts: Indices) -> Guide:
@@ -76,7 +76,7 @@ def warm_start(guide: Guide, recipe: Recipe, data: LongTail, device: torch.devic
 def accuracy_by_noise(guide: Guide, images: ImageSet, schedule: Schedule, seed: int, batch_size: int = 256) -> dict[str, Any]:
     """Class-balanced accuracy of the guide on noised images: where on t its guidance can be trusted.
 
-    Of a large set the first images of each class are taken, about 2,000 in all.
+    Of a large set the first images of each class are taken, about 500 in all.
 
     Returns: {"t": [...], "accuracy": [...], "confidence": [...]} at evenly spaced timesteps; values in 0..1.
     """

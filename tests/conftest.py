@@ -59,6 +59,8 @@ def tiny_settings() -> tuple[str, ...]:
         "guide.model_channels=16",
         "guide.num_head_channels=16",
         "guide.embedding_dim=16",
+        "source.train_on=head",  # the paper's division of labor: the source knows the head, the target the tail
+        "target.adapt_on=medium+few",
         *(f"{stage}.{key}" for stage in stages for key in ("train_steps=4", "batch_size=8", "warmup_steps=2", "save_every_steps=2")),
         *(f"{stage}.{key}" for stage in stages for key in ("log_every_steps=1", "sample_every_steps=0")),
         "synth.steps=4",

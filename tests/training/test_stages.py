@@ -231,7 +231,7 @@ def test_data_lie_where_the_user_says_whatever_the_path_is_called(tmp_path: Path
 def test_without_a_recipe_an_existing_runs_own_counts(tiny_copy: Path) -> None:
     recipe, path = recipe_of_run(None, None, tiny_copy, None)
     assert (recipe, path) == (store.open_run(tiny_copy).recipe, tiny_copy)
-    assert recipe_of_run(None, None, tiny_copy, ["source.lr=0.5"])[0].source.lr == 0.5
+    assert recipe_of_run(None, None, tiny_copy, ["synth.steps=3"])[0].synth.steps == 3
 
 
 def exit_code(*arguments: str) -> int:

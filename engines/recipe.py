@@ -9,13 +9,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
+from engines.diffusion.respacing import spaced_timesteps
 from engines.errors import UsageError
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -25,6 +28,17 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _steps(value: object) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**9:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"(ddim[1-9]\d{0,8}|[1-9]\d{0,8}(,[1-9]\d{0,8}){1,99})", value):
+        return value
+    raise ValueError('should be a number of steps from 1, such as 250, or "ddim50", or "10,15,25"')
+
+
+Steps = Annotated[int | str, PlainValidator(_steps)]
 
 
 class Section(BaseModel):
@@ -61,8 +75,10 @@ class UNetSection(Section):
     num_res_blocks: Count = 2
     attention_resolutions: tuple[Count, ...] = (16,)  # px at which self-attention stands
     num_head_channels: Count = 64
+    num_heads: CountOrZero = 0  # as many heads at every width, as some published models have; 0 = num_head_channels decides
     dropout: Fraction = 0.1
     resblock_updown: bool = True  # BigGAN-style up/down residual blocks
+    conv_resample: bool = True  # without resblock_updown: convolve at each change of size
     use_scale_shift_norm: bool = True
     use_new_attention_order: bool = False
     learn_sigma: bool = True
@@ -75,13 +91,16 @@ class DiffusionSection(Section):
     steps: Count = 1000  # T
     noise_schedule: Literal["linear", "cosine"] = "linear"
     vlb_weight: NonNegative = 0.001  # weight of L_vlb beside L_base when learn_sigma
+    timestep_sampler: Literal["uniform", "stratified", "loss-second-moment"] = "uniform"  # how source and target draw t
 
 
 class StageSection(Section):
     """What the three training stages share."""
 
     train_steps: Count = 100_000
-    batch_size: Count = 64
+    batch_size: Count = 64  # images of a step, over all processes and micro-batches
+    accumulate: Count = 1  # micro-batches that a step is split into, each with a backward pass of its own
+    workers: CountOrZero = 1  # threads that draw the coming batches; they change nothing but the speed
     lr: Positive = 2e-4
     weight_decay: NonNegative = 0.0
     warmup_steps: CountOrZero = 5_000
@@ -96,10 +115,18 @@ class StageSection(Section):
     save_every_steps: Count = 2_500
     max_nonfinite_steps: Count = 10  # skipped steps in a row before training stops
 
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
 
 class SourceSection(StageSection):
     """Stage 1, Eq. 5: the source model."""
 
+    pretrained: Annotated[str, Field(pattern=r"^[^\x00]*$")] = ""  # a safetensors file of `diffrc import` to start from
+    train_steps: Annotated[int, Field(ge=0, lt=10**9)] = 100_000  # 0 = the pre-trained weights as they are
     train_on: Literal["head", "all"] = "head"
     class_sampling: Literal["natural", "balanced", "sqrt"] = "natural"
     label_dropout: Fraction = 0.1  # share of null labels when class_cond (classifier-free guidance)
@@ -120,11 +147,17 @@ class TargetSection(StageSection):
     pair_reduction: Literal["batch_mean", "sum"] = "batch_mean"
     shared_timestep: bool = False  # one t for a whole group
     label_dropout: Fraction = 0.1
+    holdout_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0  # of each adapted class, kept out of this stage
+    holdout_every_steps: Count = 500  # between evaluations of the held-out loss
+    patience: CountOrZero = 0  # evaluations without a new best before the stage ends with the best weights; 0 = never
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
-        if self.batch_size % self.group_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+        if self.batch_size % self.accumulate == 0 and self.batch_size // self.accumulate % self.group_size:
+            parts = f"batch_size {self.batch_size}" + (f" / accumulate {self.accumulate}" if self.accumulate > 1 else "")
+            raise ValueError(f"{parts} is not a multiple of group_size {self.group_size}")
+        if self.patience and not self.holdout_fraction:
+            raise ValueError("patience needs a holdout_fraction above 0")
         return self
 
 
@@ -144,6 +177,7 @@ class GuideSection(StageSection):
     tau: Positive = 0.07  # Eq. 12
     prototype_momentum: Fraction = 0.999  # m, Eq. 11
     class_prior: bool = True  # the pi_k of Eq. 12
+    init_from: Literal["scratch", "target"] = "scratch"  # "target": the encoder half starts with the target model's weights
     class_sampling: Literal["natural", "balanced", "sqrt"] = "sqrt"
 
 
@@ -161,8 +195,8 @@ class SynthSection(Section):
 
     model: Literal["target", "source"] = "target"
     engine: Literal["onnx", "torch", "auto"] = "auto"
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    steps: Count = 250  # of `diffusion.steps`, respaced
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "ddpm"
+    steps: Steps = 250  # of `diffusion.steps`: evenly spaced; "ddim50": at whole strides from 0; "10,15,25": so many in each third of t
     eta: Fraction = 0.0  # ddim
     batch_size: Count = 32  # the engine's fixed compute batch; smaller rests are padded
     guidance_scale: NonNegative = 0.2  # s_0
@@ -183,7 +217,10 @@ class SelectSection(Section):
     """Which synthesized images are kept: d <= distance_band * d_f (METHOD section 5)."""
 
     distance_band: NonNegative = 0.0  # 0 = keep everything
+    confidence: Fraction = 0.0  # the least p~(y | x_0) of the guide; 0 = keep everything
     max_tries: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 4.0  # times the images asked for
+    copy_ratio: Fraction = 1 / 3  # a copy: its nearest real image is at most so far away, beside the second nearest
+    copy_share: Fraction = 0.01  # of the images of a class that may be copies before a warning is given
 
 
 class RecognizerSection(Section):
@@ -227,8 +264,22 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
         mistakes = [*_network_mistakes("unet", self.unet, self.data), *_network_mistakes("guide", self.guide, self.data)]
-        if self.synth.steps > self.diffusion.steps:
-            mistakes.append(f"synth.steps {self.synth.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        try:
+            spaced_timesteps(self.diffusion.steps, self.synth.steps)
+        except ValueError as error:
+            mistakes.append(f"synth.steps {self.synth.steps}: {error} (diffusion.steps)")
+        if self.synth.scale_rule == "entropy" and self.synth.guidance_scale > self.synth.guidance_scale_max:
+            scale = f"synth.guidance_scale {self.synth.guidance_scale:g}"
+            mistakes.append(f"{scale} exceeds synth.guidance_scale_max {self.synth.guidance_scale_max:g}, the cap of the entropy rule")
+        if not self.source.train_steps and not self.source.pretrained:
+            mistakes.append("source.train_steps = 0 needs source.pretrained")
+        if self.guide.init_from == "target":
+            keys = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels")
+            other = [key for key in keys if getattr(self.guide, key) != getattr(self.unet, key)]
+            mistakes += [f'guide.init_from = "target" needs guide.{key} = {getattr(self.unet, key)}, as unet.{key}' for key in other]
+            for key, needed in (("num_heads", 0), ("resblock_updown", True), ("use_scale_shift_norm", True)):
+                if getattr(self.unet, key) != needed:
+                    mistakes.append(f'guide.init_from = "target" needs unet.{key} = {str(needed).lower()}: a guide has no such option')
         if self.synth.batch_size > self.export.max_batch:
             mistakes.append(f"synth.batch_size {self.synth.batch_size} exceeds export.max_batch {self.export.max_batch}")
         if self.synth.classifier_free_scale and not self.unet.class_cond:
@@ -256,9 +307,15 @@ def _network_mistakes(section: str, network: UNetSection | GuideSection, data: D
     ]
     for level, (size, mult) in enumerate(zip(sizes, network.channel_mult, strict=True)):
         attends = size in network.attention_resolutions or level == levels - 1  # the middle block, of the last width, always does
-        if attends and mult * network.model_channels % network.num_head_channels:
-            width = mult * network.model_channels
-            mistakes.append(f"{section}.num_head_channels {network.num_head_channels} does not divide the {width} channels at {size} px")
+        width, heads = mult * network.model_channels, network.num_heads if isinstance(network, UNetSection) else 0
+        key, divisor = ("num_heads", heads) if heads else ("num_head_channels", network.num_head_channels)
+        if attends and width % divisor:
+            mistakes.append(f"{section}.{key} {divisor} does not divide the {width} channels at {size} px")
+        if isinstance(network, UNetSection) and not network.use_scale_shift_norm and width <= math.gcd(32, width):
+            mistakes.append(
+                f"{section}.use_scale_shift_norm = false needs more than {width} channels at {size} px: "
+                "a group norm of one channel a group takes the time embedding out again"
+            )
     return mistakes
 
 

@@ -28,13 +28,21 @@ STRUCTURE = {
     "num_head_channels",
     "batch_size",
     "group_size",
-} | {
     "max_batch",
     "steps",
     "guidance_interval",
     "many_above",
     "few_below",
     "classifier_free_scale",
+    "accumulate",
+    "guidance_scale",
+    "guidance_scale_max",
+    "holdout_fraction",
+    "init_from",
+    "num_heads",
+    "patience",
+    "train_steps",
+    "use_scale_shift_norm",
 }
 
 
@@ -203,6 +211,15 @@ def test_mistakes_across_keys_are_told_at_once_too() -> None:
         (["data.few_below=102"], "data.few_below 102 overlaps"),
         (["target.batch_size=62"], "batch_size 62 is not a multiple of group_size 4"),
         (["target.group_size=2"], "target.group_size"),
+        (["source.accumulate=3"], "batch_size 64 is not a multiple of accumulate 3"),
+        (["target.accumulate=32"], "batch_size 64 / accumulate 32 is not a multiple of group_size 4"),
+        (["target.patience=3"], "patience needs a holdout_fraction"),
+        (["unet.num_heads=3"], "unet.num_heads 3 does not divide the 256 channels"),
+        (["unet.model_channels=32", "unet.num_head_channels=32", "unet.use_scale_shift_norm=false"], "takes the time embedding out again"),
+        (["guide.init_from=target"], "needs guide.model_channels = 128"),
+        (["synth.guidance_scale=1.5"], "exceeds synth.guidance_scale_max 1"),
+        (["synth.steps=10,501"], "a section of 500 timesteps cannot give 501"),
+        (["synth.steps=ddim999"], "no whole stride through 1000 timesteps gives 999"),
     ],
 )
 def test_a_network_or_batch_that_cannot_be_built_is_refused(overrides: list[str], told: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 # Two OpenMP threads on a loaded machine wait for each other more than they work; torch reads this when it is imported, and
 # so do the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # diffusers, the reference of some tests, imports huggingface_hub: it must not ask the network
 
 ROOT = Path(__file__).parent.parent
 

@@ -28,6 +28,8 @@ class Architecture:
     resblock_updown: bool = True
     use_scale_shift_norm: bool = True
     use_new_attention_order: bool = False
+    num_heads: int = 0  # as many heads at every width; 0 = num_head_channels decides
+    conv_resample: bool = True  # without resblock_updown: convolve at each change of size
 
 
 class UNet(nn.Module):

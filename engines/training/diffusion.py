@@ -40,6 +40,8 @@ def architecture(recipe: Recipe, section: UNetSection | GuideSection) -> Archite
         resblock_updown=section.resblock_updown,
         use_scale_shift_norm=section.use_scale_shift_norm,
         use_new_attention_order=section.use_new_attention_order,
+        num_heads=section.num_heads,
+        conv_resample=section.conv_resample,
     )
 
 

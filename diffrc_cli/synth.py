@@ -23,8 +23,12 @@ CountOption = Annotated[
     int | None, typer.Option("--n", metavar="N", help="Images of each class; those that are there count.", show_default=False)
 ]
 FillOption = Annotated[bool, typer.Option("--fill", help="Every medium and few class, up to the size of the largest (or synth.fill_to).")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Sampling steps.", show_default=False)]
-SamplerOption = Annotated[Literal["ddpm", "ddim"] | None, typer.Option("--sampler", help="Ancestral or deterministic.", show_default=False)]
+StepsOption = Annotated[
+    str | None, typer.Option("--steps", metavar="N", help='Sampling steps: 50, "ddim50" or "10,15,25".', show_default=False)
+]
+SamplerOption = Annotated[
+    Literal["ddpm", "ddim", "dpmpp_2m"] | None, typer.Option("--sampler", help="Ancestral, or deterministic.", show_default=False)
+]
 ScaleOption = Annotated[
     float | None, typer.Option("--guidance-scale", help="How hard the guide pushes; 0 = not at all.", show_default=False)
 ]

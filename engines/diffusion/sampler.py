@@ -27,6 +27,8 @@ class StepLog(NamedTuple):
     log_prob: float
 
 
+Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
+
 Noise = Callable[[int], Tensor]
 """step -> (B, C, H, W) standard normal; step 0 is x_T, step i >= 1 the noise of the i-th evaluation."""
 
@@ -36,7 +38,7 @@ def sample(
     schedule: Schedule,
     noise: Noise,
     guidance: Guidance | None = None,
-    sampler: Literal["ddpm", "ddim"] = "ddpm",
+    sampler: Sampler = "ddpm",
     eta: float = 0.0,
     step_unit: Literal["sigma", "variance"] = "sigma",
     clip_denoised: bool = True,
@@ -53,6 +55,7 @@ def sample(
 
     Returns: (B, C, H, W) float32, in [-1, 1] where clip_denoised.
     """
+    assert sampler != "dpmpp_2m", "not written yet"
     x = noise(0)  # (B, C, H, W)
     batch, channels = x.shape[:2]
     for step, position in enumerate(reversed(range(len(schedule))), start=1):

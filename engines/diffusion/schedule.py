@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engines.diffusion.respacing import spaced_timesteps
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -55,14 +57,12 @@ def make_schedule(noise_schedule: Literal["linear", "cosine"], steps: int) -> Sc
     return _tables(betas_of(noise_schedule, steps), torch.arange(steps))
 
 
-def respace(schedule: Schedule, steps: int) -> Schedule:
-    """The process on `steps` evenly spaced timesteps of `schedule`, first and last included; betas keep abar at each of them.
+def respace(schedule: Schedule, steps: int | str) -> Schedule:
+    """The process on so many timesteps of `schedule`: 250, "ddim50" or "10,15,25", see `spaced_timesteps`; betas keep abar at each.
 
-    A single step is the last timestep: it is the one whose x_t is the noise that sampling starts from.
+    Raises ValueError where the schedule cannot give them.
     """
-    assert 1 <= steps <= len(schedule), f"{steps} steps of {len(schedule)}"
-    last = len(schedule) - 1
-    return at_timesteps(schedule, [round(j * last / (steps - 1)) for j in range(steps)] if steps > 1 else [last])
+    return at_timesteps(schedule, spaced_timesteps(len(schedule), steps))
 
 
 def at_timesteps(schedule: Schedule, positions: Sequence[int]) -> Schedule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Maker:
         with torch.no_grad():
             x = sample(
                 denoiser(self.engine, y, synth.classifier_free_scale),
-                self._schedule(),
+                self.schedule,
                 lambda step: batch_noise(keys, step, self.engine.card.shape),
                 self._guidance(y),
                 synth.sampler,
@@ -93,7 +94,9 @@ class Maker:
             for row, image in sorted(at.items())
         ]
 
-    def _schedule(self) -> Schedule:
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The timesteps that the sampler visits; as many evaluations of the network (twice as many with classifier-free guidance)."""
         diffusion = self.recipe.diffusion
         return respace(make_schedule(diffusion.noise_schedule, diffusion.steps), self.recipe.synth.steps)
 

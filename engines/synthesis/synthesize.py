@@ -216,7 +216,7 @@ def _work(
         try:
             while True:
                 while len(running) < workers and not stop.requested and (images := queue.batch()):
-                    batch = _Batch(images, maker.recipe.synth.steps)
+                    batch = _Batch(images, len(maker.schedule))
                     running[pool.submit(maker.draw, images, batch.step)] = batch
                 if not running:
                     break

@@ -1,26 +1,21 @@
-"""Stage 3: the prototype guide, Eqs. 11-12, and its accuracy at every noise level."""
+"""Stage 3: the prototype guide, Eqs. 11-12."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.data.batches import by_class, class_batch, class_probabilities, to_tensor, torch_generator
-from engines.data.images import ImageSet, Indices
+from engines.data.batches import by_class, class_batch, class_probabilities
+from engines.data.images import Indices
 from engines.data.longtail import LongTail
 from engines.diffusion.losses import prototype_contrastive_loss, update_prototypes
-from engines.diffusion.schedule import Schedule, q_sample
 from engines.networks.guide import Guide
 from engines.recipe import Recipe
 from engines.training.diffusion import architecture, draw, training_schedule
 from engines.training.loop import Figures, Stage
 
 WARM_START_IMAGES = 64  # a class, for the prototype's first mean
-NOISE_LEVELS = 11  # at which accuracy is reported
-ACCURACY_IMAGES = 500  # for it, spread evenly over the classes
 
 
 def build_guide(recipe: Recipe, class_counts: Indices) -> Guide:
@@ -70,33 +65,3 @@ def warm_start(guide: Guide, recipe: Recipe, data: LongTail, device: torch.devic
         batch = draw(data.train, chosen, recipe.guide, schedule, recipe.seed, "guide/warm-start", k)
         mean = guide(batch.x, batch.j).mean(0, keepdim=True)
         guide.prototypes[k] = mean[0] / mean.norm()
-
-
-@torch.no_grad()
-def accuracy_by_noise(guide: Guide, images: ImageSet, schedule: Schedule, seed: int, batch_size: int = 256) -> dict[str, Any]:
-    """Class-balanced accuracy of the guide on noised images: where on t its guidance can be trusted.
-
-    Of a large set the first images of each class are taken, about 500 in all.
-
-    Returns: {"t": [...], "accuracy": [...], "confidence": [...]} at evenly spaced timesteps; values in 0..1.
-    """
-    guide.eval()
-    device = schedule.betas.device
-    share = max(1, ACCURACY_IMAGES // len(images.names))
-    images = images.subset(np.concatenate([members[:share] for members in by_class(images.labels, len(images.names))]))
-    levels = [round(i * (len(schedule) - 1) / (NOISE_LEVELS - 1)) for i in range(NOISE_LEVELS)]
-    table: dict[str, Any] = {"images": len(images), "t": levels, "accuracy": [], "confidence": []}
-    for t in levels:
-        right, confidence = [], []
-        for start in range(0, len(images), batch_size):
-            rows = np.arange(start, min(start + batch_size, len(images)))
-            x0 = to_tensor(images.pixels(rows))
-            noise = torch.randn(x0.shape, generator=torch_generator(seed, "guide/accuracy", t, start))
-            j = torch.full((len(rows),), t, device=device)
-            log_probs = guide.log_probs(q_sample(schedule, x0.to(device), j, noise.to(device)), j)
-            right.append((log_probs.argmax(1).cpu().numpy() == images.labels[rows]).astype(np.float64))
-            confidence.append(log_probs.exp().amax(1).cpu().numpy().astype(np.float64))
-        by_image = np.concatenate(right)
-        table["accuracy"].append(round(float(np.mean([by_image[images.labels == k].mean() for k in np.unique(images.labels)])), 4))
-        table["confidence"].append(round(float(np.concatenate(confidence).mean()), 4))
-    return table

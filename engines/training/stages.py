@@ -17,6 +17,7 @@ from engines.networks.unet import UNet, parameter_count
 from engines.progress import Report, silent
 from engines.recipe import Recipe
 from engines.store import RunFolder
+from engines.training import calibration
 from engines.training import guide as guides
 from engines.training.diffusion import build_unet, training_schedule
 from engines.training.guide import build_guide, guide_stage
@@ -53,7 +54,7 @@ def train_run(run: RunFolder, data: LongTail, device: torch.device, report: Repo
     if trained["guide"] or not accuracy.exists():
         schedule = training_schedule(recipe, device)
         splits = {"train": data.train, "test": data.test}  # the test images are reported on; they choose nothing
-        by_split = {name: guides.accuracy_by_noise(guide, part, schedule, recipe.seed) for name, part in splits.items() if len(part)}
+        by_split = {name: calibration.by_noise(guide, part, schedule, recipe.seed) for name, part in splits.items() if len(part)}
         store.write_json(accuracy, by_split)
     return trained
 

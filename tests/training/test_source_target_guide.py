@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from engines.diffusion.schedule import make_schedule
 from engines.recipe import Recipe, load
 from engines.training import target as target_module
 from engines.training.diffusion import NoisedBatch, build_unet, diffusion_loss, draw, dropped_labels, training_schedule
-from engines.training.guide import accuracy_by_noise, build_guide, early_momentum, guide_stage, warm_start
+from engines.training.guide import build_guide, early_momentum, guide_stage, warm_start
 from engines.training.loop import train
 from engines.training.source import masked_counts, source_stage
 from engines.training.target import target_stage
@@ -288,21 +287,3 @@ def test_the_log_prior_is_that_of_the_training_set(recipe: Recipe) -> None:
     np.testing.assert_allclose(build_guide(recipe, COUNTS).log_prior.exp(), COUNTS / COUNTS.sum(), rtol=1e-5)
     flat = build_guide(changed(recipe, "guide", class_prior=False), COUNTS)
     np.testing.assert_allclose(flat.log_prior.exp(), [0.25] * 4, rtol=1e-5)
-
-
-def test_accuracy_by_noise_takes_a_bounded_number_of_images_from_each_class(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, few = tail(), int(min(COUNTS)) + 1
-    monkeypatch.setattr("engines.training.guide.ACCURACY_IMAGES", few * len(COUNTS))
-    table = accuracy_by_noise(build_guide(recipe, COUNTS), data.train, training_schedule(recipe, CPU), seed=0)
-    assert table["images"] == np.minimum(COUNTS, few).sum() < len(data.train)
-
-
-def test_accuracy_by_noise_is_class_balanced_and_does_not_depend_on_training_state(recipe: Recipe) -> None:
-    data, guide, schedule = tail(), build_guide(recipe, COUNTS), training_schedule(recipe, CPU)
-    guide.log_prior.copy_(torch.tensor([0.0, -1e4, -1e4, -1e4]))  # always class 0: right in one class of four
-    table = accuracy_by_noise(guide, data.train, schedule, seed=0)
-    assert table["t"] == [round(999 * i / 10) for i in range(11)]
-    assert table["accuracy"] == [0.25] * 11
-    assert table["confidence"] == [1.0] * 11
-    assert table["images"] == len(data.train)
-    assert replace(data).train is data.train

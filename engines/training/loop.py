@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Stage:
     loss: Callable[[int], tuple[Tensor, Figures]]
     after_step: Callable[[], None] | None = None
     sample: Callable[[nn.Module, int], Tensor] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what the weights depend on: goes into the state of every checkpoint
 
 
 def train(stage: Stage, folder: Path, seed: int, device: torch.device, report: Report = silent) -> int:
@@ -155,7 +157,7 @@ class _Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "damaged_checkpoints": self.damaged_checkpoints,
         }
-        return Checkpoint(step, groups, {"stage": self.stage.name, **counts})
+        return Checkpoint(step, groups, {"stage": self.stage.name, **counts, **self.stage.identity})
 
     def resume(self, folder: Path) -> int:
         """Load the newest good checkpoint, drop metrics from after it, and return the step to go on with."""

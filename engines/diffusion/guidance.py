@@ -1,32 +1,23 @@
-"""Guidance: the gradient of log p(y | x_t), its normalization, and its scale; Eqs. 4 and 13."""
+"""Guidance as wrappers that no sampler knows of: by a classifier's gradient, Eqs. 4 and 13, or free of a classifier."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from engines.diffusion.losses import entropy
+from engines.diffusion.sampler import Denoiser, Guidance, Push
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, H, W), t (B,) training timesteps) -> (B, K) log p(k | x_t), differentiable in x."""
 
 GradientNorm = Literal["rms", "linf", "l2", "none"]
 
-
-class Push(NamedTuple):
-    """What guidance asks of a sampler."""
-
-    gradient: Tensor  # (B, C, H, W) s grad*, signed: toward or away
-    log_prob: Tensor  # (B,) log p(y | x_t)
-    scale: Tensor  # (B,) s
-
-
-Guidance = Callable[[Tensor, Tensor], Push | None]
-"""(x, t) -> the push, or None where guidance is off at this t."""
+EVERYWHERE = (0, 10**9)
 
 
 def class_gradient(log_probs: LogProbs, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +61,7 @@ def prototype_guidance(
     scale_rule: Literal["entropy", "fixed"] = "entropy",
     gradient_norm: GradientNorm = "rms",
     direction: Literal["toward", "away"] = "toward",
-    interval: tuple[int, int] = (0, 10**9),
+    interval: tuple[int, int] = EVERYWHERE,
 ) -> Guidance:
     """The guidance term of Eq. 13, s grad* log p~(y | x_t), as a function that a sampler calls once a step.
 
@@ -84,7 +75,7 @@ def prototype_guidance(
     sign = 1.0 if direction == "toward" else -1.0
 
     def guidance(x: Tensor, t: Tensor) -> Push | None:
-        if scale == 0 or not interval[0] <= int(t[0]) <= interval[1]:
+        if scale == 0 or not _within(interval, t):
             return None
         gradient, all_classes = class_gradient(log_probs, x, t, y)
         s = entropy_scale(all_classes, scale, scale_max) if scale_rule == "entropy" else torch.full_like(all_classes[:, 0], scale)
@@ -92,3 +83,34 @@ def prototype_guidance(
         return Push(push, all_classes.gather(1, y[:, None]).squeeze(1), s)
 
     return guidance
+
+
+def classifier_free(
+    with_label: Denoiser, without: Denoiser, scale: float, channels: int, interval: tuple[int, int] = EVERYWHERE
+) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2022) as a denoiser, for a conditional network and w = scale:
+
+        eps <- (1 + w) eps(x_t, t, y) - w eps(x_t, t, null)
+
+    The variance values stay those of the label.
+
+    Args:
+        with_label, without: the network with y bound, and with the null label.
+        channels: C of the image; what the network gives beyond are variance values.
+        interval: as in `prototype_guidance`; outside it the label's eps stands alone.
+    """
+    if not scale:
+        return with_label
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        conditional = with_label(x, t)
+        if not _within(interval, t):
+            return conditional
+        eps = (1 + scale) * conditional[:, :channels] - scale * without(x, t)[:, :channels]
+        return torch.cat([eps, conditional[:, channels:]], 1)
+
+    return guided
+
+
+def _within(interval: tuple[int, int], t: Tensor) -> bool:
+    return interval == EVERYWHERE or interval[0] <= int(t[0]) <= interval[1]  # reading t waits for the device

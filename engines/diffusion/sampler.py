@@ -1,4 +1,4 @@
-"""Guided samplers: ancestral DDPM (the paper's, Eq. 13) and DDIM. A sampler knows an engine, a guidance and noise, no files."""
+"""Samplers: ancestral DDPM (the paper's, Eq. 13), DDIM, DPM-Solver++(2M). They know a denoiser, a guidance and noise; no files, no guide."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engines.diffusion.guidance import Guidance, Push
 from engines.diffusion.schedule import Schedule, learned_range_log_variance, posterior_mean, predict_eps, predict_x0
+
+Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
 
 
 class Denoiser(Protocol):
@@ -18,19 +19,33 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
 
 
-class StepLog(NamedTuple):
-    """Figures of one step, means over the batch; guidance figures are 0 where guidance is off."""
+class Push(NamedTuple):
+    """What guidance asks of a sampler."""
 
-    t: int
-    guidance_to_noise: float  # ||guidance|| / ||noise||, both as they enter x_{t-1}
-    scale: float
-    log_prob: float
+    gradient: Tensor  # (B, C, H, W) s grad*, signed: toward or away
+    log_prob: Tensor  # (B,) log p(y | x_t)
+    scale: Tensor  # (B,) s
 
 
-Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
+Guidance = Callable[[Tensor, Tensor], Push | None]
+"""(x, t) -> the push, or None where guidance is off at this t."""
 
 Noise = Callable[[int], Tensor]
 """step -> (B, C, H, W) standard normal; step 0 is x_T, step i >= 1 the noise of the i-th evaluation."""
+
+
+class StepLog(NamedTuple):
+    """Figures of one step, means over the batch, 0 where guidance is off.
+
+    Scalars on the sampler's device: read them after the last step, since reading one waits for the device.
+    """
+
+    t: int
+    guidance_to_noise: (
+        Tensor  # ||guidance|| / ||noise|| of an image; ddpm: as both enter x_{t-1}, 0 where no noise does; else as both enter eps
+    )
+    scale: Tensor
+    log_prob: Tensor
 
 
 def sample(
@@ -46,56 +61,119 @@ def sample(
 ) -> Tensor:
     """Run the reverse process of `schedule` from x_T = noise(0).
 
-    ddpm, Eq. 13:  x_{t-1} = mu + sigma_t z + s sigma_t grad*   (the paper prints `Sigma z`, and Sigma before grad* too;
-                   `step_unit="variance"` is that reading)
-    ddim:          eps <- eps - sqrt(1 - abar_t) s grad*, then the step of Song et al. 2021 with its eta
+        ddpm            x_{t-1} = mu + sigma_t z + s sigma_t grad*: `ddpm_step`
+        ddim, dpmpp_2m  eps <- eps - sqrt(1 - abar_t) s grad*, then `ddim_step` or `dpmpp_2m_step`
 
     Args:
         denoise: (B, C, H, W), (B,) training timesteps -> (B, C, H, W) eps, or (B, 2C, H, W) eps and variance values.
+        eta: of ddim.  step_unit: of ddpm.
+        log: called after each step, so that it can stop the run by raising.
 
     Returns: (B, C, H, W) float32, in [-1, 1] where clip_denoised.
     """
-    assert sampler != "dpmpp_2m", "not written yet"
     x = noise(0)  # (B, C, H, W)
-    batch, channels = x.shape[:2]
+    channels, timesteps, x0_before = x.shape[1], schedule.timesteps.tolist(), None
+    draws = sampler == "ddpm" or (sampler == "ddim" and eta > 0)
     for step, position in enumerate(reversed(range(len(schedule))), start=1):
-        j = torch.full((batch,), position, device=x.device)
+        j = torch.full((len(x),), position, device=x.device)
         t = schedule.timesteps[j]
         output = denoise(x, t).float()
-        eps = output[:, :channels]
         push = guidance(x, t) if guidance else None
+        gradient = push.gradient if push else torch.zeros_like(x)
+        z = noise(step) if draws and position else torch.zeros_like(x)  # the last step adds none
         if sampler == "ddpm":
-            x0 = predict_x0(schedule, x, j, eps)
-            mean = posterior_mean(schedule, x0.clamp(-1, 1) if clip_denoised else x0, x, j)
-            if output.shape[1] == 2 * channels:
-                variance = learned_range_log_variance(schedule, output[:, channels:], j).exp()
-            else:
-                variance = schedule.posterior_log_variance_clipped[j].exp().view(-1, 1, 1, 1)
-            sigma = variance.sqrt()
-            random = sigma * noise(step) if position else torch.zeros_like(x)  # the last step adds none
-            guided = (sigma if step_unit == "sigma" else variance) * push.gradient if push else torch.zeros_like(x)
-            x = mean + random + guided
+            x, guided, size = ddpm_step(schedule, x, j, output, gradient, z, step_unit, clip_denoised)
         else:
-            abar = schedule.alphas_cumprod[j].view(-1, 1, 1, 1)
-            previous = schedule.alphas_cumprod_prev[j].view(-1, 1, 1, 1)
-            guided = -(1 - abar).sqrt() * push.gradient if push else torch.zeros_like(x)
-            x0 = predict_x0(schedule, x, j, eps + guided)
-            if clip_denoised:
-                x0 = x0.clamp(-1, 1)
-            eps = predict_eps(schedule, x, j, x0)
-            sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()
-            random = sigma * noise(step) if position and eta else torch.zeros_like(x)
-            x = previous.sqrt() * x0 + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps + random
+            size = output[:, :channels]
+            guided = -(1 - schedule.alphas_cumprod[j].view(-1, 1, 1, 1)).sqrt() * gradient
+            x0 = clipped(predict_x0(schedule, x, j, size + guided), clip_denoised)
+            if sampler == "ddim":
+                x = ddim_step(schedule, x, j, x0, z, eta)
+            else:
+                x = dpmpp_2m_step(schedule, x, j, x0, x0_before if position else None)
+            x0_before = x0
         if log:
-            log(_figures(int(schedule.timesteps[position]), random if sampler == "ddpm" else eps, guided, push))
-    return x.clamp(-1, 1) if clip_denoised else x
+            log(_figures(timesteps[position], guided, size, push))
+    return clipped(x, clip_denoised)
 
 
-def _figures(t: int, random: Tensor, guided: Tensor, push: Push | None) -> StepLog:
-    if push is None:
-        return StepLog(t, 0.0, 0.0, 0.0)
-    size = random.flatten(1).norm(dim=1)
-    ratio = guided.flatten(1).norm(dim=1) / size.clamp(min=1e-12)
-    return StepLog(
-        t, float(ratio[size > 0].mean()) if bool((size > 0).any()) else 0.0, float(push.scale.mean()), float(push.log_prob.mean())
+def ddpm_step(
+    schedule: Schedule,
+    x: Tensor,
+    j: Tensor,
+    output: Tensor,
+    gradient: Tensor,
+    z: Tensor,
+    step_unit: Literal["sigma", "variance"] = "sigma",
+    clip_denoised: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 13: x_{t-1} = mu + sigma_t z + s sigma_t grad*, with mu from the x0 that the network predicts, and its variance or beta~.
+
+    The paper prints `Sigma z`, and Sigma before grad* too; with `step_unit="variance"` it stands before grad*, which is Eq. 4.
+
+    Args:
+        output: (B, C, H, W), or (B, 2C, H, W) with the variance values.  gradient: (B, C, H, W) s grad*.
+
+    Returns: x_{t-1}, and the two terms beside mu: the guidance and the noise; (B, C, H, W) each.
+    """
+    channels = x.shape[1]
+    x0 = clipped(predict_x0(schedule, x, j, output[:, :channels]), clip_denoised)
+    if output.shape[1] == 2 * channels:
+        variance = learned_range_log_variance(schedule, output[:, channels:], j).exp()
+    else:
+        variance = schedule.posterior_log_variance_clipped[j].exp().view(-1, 1, 1, 1)
+    sigma = variance.sqrt()
+    guided = (sigma if step_unit == "sigma" else variance) * gradient
+    random = sigma * z
+    return posterior_mean(schedule, x0, x, j) + random + guided, guided, random
+
+
+def ddim_step(schedule: Schedule, x: Tensor, j: Tensor, x0: Tensor, z: Tensor, eta: float = 0.0) -> Tensor:
+    """x_{t-1} = sqrt(abar_{t-1}) x0 + sqrt(1 - abar_{t-1} - sigma^2) eps + sigma z,  sigma^2 = eta^2 beta~  (Song et al. 2021).
+
+    eps is what x_t holds beside x0, so it follows where x0 was clipped.
+    """
+    previous = schedule.alphas_cumprod_prev[j].view(-1, 1, 1, 1)
+    sigma = eta * schedule.posterior_variance[j].sqrt().view(-1, 1, 1, 1)
+    eps = predict_eps(schedule, x, j, x0)
+    return previous.sqrt() * x0 + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps + sigma * z
+
+
+def dpmpp_2m_step(schedule: Schedule, x: Tensor, j: Tensor, x0: Tensor, x0_before: Tensor | None) -> Tensor:
+    """DPM-Solver++(2M), data prediction (Lu et al. 2022): the step of DDIM to x0 carried on along its change since the last step.
+
+        D = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_{t+1}) / (lambda_{t-1} - lambda_t),   lambda = log(sqrt(abar) / sqrt(1 - abar))
+
+    In their form (sigma_{t-1} / sigma_t) x_t - alpha_{t-1} (exp(-h) - 1) D, which is DDIM's with D for x0, since
+    exp(-h) = alpha_t sigma_{t-1} / (sigma_t alpha_{t-1}).
+
+    Args:
+        x0_before: of the step before, or None for a step of first order, which is DDIM's. So are the first one, which has no past, and
+            the last one, which goes to abar = 1, where lambda is infinite: it returns x0.
+    """
+    no_noise = torch.zeros_like(x)
+    if x0_before is None:
+        return ddim_step(schedule, x, j, x0, no_noise)
+    before, now, after = (
+        half_log_snr(abar) for abar in (schedule.alphas_cumprod[j + 1], schedule.alphas_cumprod[j], schedule.alphas_cumprod_prev[j])
     )
+    r = ((now - before) / (after - now)).view(-1, 1, 1, 1)
+    return ddim_step(schedule, x, j, x0 + (x0 - x0_before) / (2 * r), no_noise)
+
+
+def half_log_snr(abar: Tensor) -> Tensor:
+    """lambda = log(sqrt(abar) / sqrt(1 - abar))."""
+    return 0.5 * (abar / (1 - abar)).log()
+
+
+def clipped(x0: Tensor, clip_denoised: bool) -> Tensor:
+    """Static thresholding: what is predicted lies in [-1, 1], as images do."""
+    return x0.clamp(-1, 1) if clip_denoised else x0
+
+
+def _figures(t: int, guided: Tensor, size: Tensor, push: Push | None) -> StepLog:
+    if push is None:
+        return StepLog(t, *torch.zeros(3, device=guided.device).unbind())
+    noise = size.flatten(1).norm(dim=1)
+    ratio = torch.where(noise > 0, guided.flatten(1).norm(dim=1) / noise.clamp(min=1e-12), 0.0)
+    return StepLog(t, ratio.mean(), push.scale.mean(), push.log_prob.mean())

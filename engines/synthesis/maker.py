@@ -21,7 +21,7 @@ from engines.backends.ort_engine import OrtEngine
 from engines.backends.torch_engine import TorchEngine
 from engines.data.batches import to_pixels
 from engines.data.decode import Pixels
-from engines.diffusion.guidance import prototype_guidance
+from engines.diffusion.guidance import EVERYWHERE, classifier_free, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import Denoiser, StepLog, sample
 from engines.diffusion.schedule import Schedule, make_schedule, respace
@@ -76,7 +76,7 @@ class Maker:
         keys = [image_key(synth.seed, image.class_id, image.index) for image in rows]
         with torch.no_grad():
             x = sample(
-                denoiser(self.engine, y, synth.classifier_free_scale),
+                denoiser(self.engine, y, synth.classifier_free_scale, synth.guidance_interval),
                 self.schedule,
                 lambda step: batch_noise(keys, step, self.engine.card.shape),
                 self._guidance(y),
@@ -144,29 +144,15 @@ def open_maker(run: RunFolder, model: Model) -> Maker:
     return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False) if guide else None)
 
 
-def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0) -> Denoiser:
-    """An engine with its labels bound, as a sampler calls it.
-
-    With a scale w > 0 and a conditional network, classifier-free guidance (Ho & Salimans 2022):
-
-        eps <- (1 + w) eps(x_t, t, y) - w eps(x_t, t, null)
-
-    The variance values stay those of the labels.
-    """
+def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0, interval: tuple[int, int] = EVERYWHERE) -> Denoiser:
+    """An engine with its labels bound, as a sampler calls it; a conditional one with classifier-free guidance where the scale is not 0."""
     card = engine.card
     if not card.classes:
         return lambda x, t: engine(x, t)
-    if not classifier_free_scale:
-        return lambda x, t: engine(x, t, y)
     null = torch.full_like(y, card.classes - 1)
-
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        with_label, without = engine(x, t, y), engine(x, t, null)
-        channels = card.image_channels
-        eps = (1 + classifier_free_scale) * with_label[:, :channels] - classifier_free_scale * without[:, :channels]
-        return torch.cat([eps, with_label[:, channels:]], 1)
-
-    return guided
+    return classifier_free(
+        lambda x, t: engine(x, t, y), lambda x, t: engine(x, t, null), classifier_free_scale, card.image_channels, interval
+    )
 
 
 def _export_command(run: RunFolder, model: Model) -> str:

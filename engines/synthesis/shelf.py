@@ -147,7 +147,7 @@ class GuidanceLog:
 
     def add(self, steps: Sequence[StepLog]) -> None:
         """Count one batch, unless an image in it was not finite: it has no averages."""
-        rows = [(step.t, (step.guidance_to_noise, step.scale, step.log_prob)) for step in steps]
+        rows = [(step.t, tuple(float(value) for value in step[1:])) for step in steps]
         if not np.isfinite([values for _, values in rows]).all():
             return
         self._batches += 1

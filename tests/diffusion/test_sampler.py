@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.diffusion.guidance import Push, prototype_guidance
-from engines.diffusion.sampler import StepLog, sample
+from engines.diffusion.guidance import prototype_guidance
+from engines.diffusion.sampler import Push, StepLog, sample
 from engines.diffusion.schedule import Schedule, at_timesteps, make_schedule, respace
 
 TRAINING = make_schedule("linear", 1000)

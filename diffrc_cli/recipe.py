@@ -1,4 +1,4 @@
-"""`diffrc recipe ls | show | cp | validate | diff`, and how every command finds its recipe."""
+"""`diffrc recipe ls | show | cp | validate | diff | cost`, and how every command finds its recipe."""
 
 from __future__ import annotations
 
@@ -121,6 +121,35 @@ def diff(a: NameOrFile, b: NameOrFile, json: JsonOption = False) -> None:
         console.table("", ("key", a, b), [(key, _value(left), _value(right)) for key, left, right in found])
     else:
         console.say("no differences")
+
+
+@app.command()
+def cost(
+    name: NameOrFile,
+    overrides: SetOption = None,
+    tflops: Annotated[float, typer.Option("--tflops", metavar="N", min=0.001, help="Peak of your device, dense bfloat16.")] = 312.0,
+    json: JsonOption = False,
+) -> None:
+    """Estimate what a recipe costs: operations, counted; hours, for a device of that peak. Trains nothing.
+
+    Example: diffrc recipe cost cifar10-lt-100 --tflops 989
+    """
+    from engines.training.cost import SHARE_OF_PEAK, cost_of, hours
+
+    counted = cost_of(resolve(name, overrides))
+    parts = {"source": counted.source, "target": counted.target, "guide": counted.guide, "1,000 images": 1000 * counted.image}
+    if json:
+        stages = {part: {"operations": operations, "hours": hours(operations, tflops * 1e12)} for part, operations in parts.items()}
+        console.emit_json({"recipe": name, "tflops": tflops, "share_of_peak": SHARE_OF_PEAK, "parts": stages})
+        return
+    rows = [(part, f"{operations:.2g}", *(f"{h:.2g}" for h in hours(operations, tflops * 1e12))) for part, operations in parts.items()]
+    console.table("", ("part", "operations", "hours from", "to"), rows)
+    low, high = SHARE_OF_PEAK
+    device = " (NVIDIA A100, dense bfloat16)" if tflops == 312 else ""
+    console.prose(
+        f"Hours on a device of {tflops:g} TFLOP/s{device} if it reaches {low:.0%} to {high:.0%} of them, as a CPU did of its own: "
+        "an estimate, to choose by, not to publish."
+    )
 
 
 def embedded() -> dict[str, Traversable]:

@@ -88,6 +88,47 @@ def test_the_papers_values_are_the_papers(name: str) -> None:
     assert recipe.recognizer.momentum == 0.9
 
 
+LITERATURE = {  # of long-tailed diffusion on CIFAR (CBDM's settings)
+    "unet": {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_res_blocks": 2, "attention_resolutions": (16,), "dropout": 0.1},
+    "diffusion": {"steps": 1000, "noise_schedule": "linear"},
+    "source": {"lr": 2e-4, "weight_decay": 0.0, "warmup_steps": 5000, "ema_decay": 0.9999, "grad_clip": 1.0, "horizontal_flip": True}
+    | {"batch_size": 64, "train_steps": 300_000, "lr_decay": "none"},
+}
+
+
+@pytest.mark.parametrize(("data", "imbalance"), CIFAR_LT)
+def test_a_cifar_recipe_trains_its_source_as_the_long_tail_literature_does(data: str, imbalance: int) -> None:
+    recipe = recipe_of(f"{data}-lt-{imbalance}")
+    for section, values in LITERATURE.items():
+        assert {key: getattr(getattr(recipe, section), key) for key in values} == values
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES if path.stem != "digits-lt"])
+def test_adaptation_stops_on_held_out_images_and_what_is_out_of_distribution_is_not_kept(name: str) -> None:
+    recipe = recipe_of(name)
+    assert recipe.target.holdout_fraction == 0.1
+    assert 0 < recipe.target.patience * recipe.target.holdout_every_steps < recipe.target.train_steps
+    assert recipe.select.distance_band == 2.0
+    assert recipe.select.max_tries > 1
+
+
+PUBLISHED = {  # the flags of the published ImageNet models, the labels of the 64 px one left out
+    "imagenet-lt-64": {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "dropout": 0.1}
+    | {"use_new_attention_order": True},
+    "imagenet-lt-256": {"model_channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "dropout": 0.0}
+    | {"use_new_attention_order": False},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_imagenet_recipe_has_the_published_network(name: str) -> None:
+    recipe = recipe_of(name)
+    shared = {"attention_resolutions": (32, 16, 8), "num_head_channels": 64, "num_heads": 0, "resblock_updown": True}
+    values = PUBLISHED[name] | shared | {"use_scale_shift_norm": True, "learn_sigma": True}
+    assert {key: getattr(recipe.unet, key) for key in values} == values
+    assert recipe.diffusion.noise_schedule == {64: "cosine", 256: "linear"}[recipe.data.image_size_px]
+
+
 def test_a_mirrored_digit_is_never_trained_on() -> None:
     recipe = recipe_of("digits-lt")
     assert not any(stage.horizontal_flip for stage in (recipe.source, recipe.target, recipe.guide, recipe.recognizer))

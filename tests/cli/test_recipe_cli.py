@@ -1,4 +1,4 @@
-"""diffrc_cli/recipe.py: ls, show, cp, validate, diff, and which recipe a command takes."""
+"""diffrc_cli/recipe.py: ls, show, cp, validate, diff, cost, and which recipe a command takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_ls_lists_every_embedded_recipe_and_what_it_costs(capsys: Captured) -> N
     assert run("ls") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in embedded())
-    assert "weeks on one GPU" in out
+    assert "GPU hours" in out
 
 
 def test_ls_as_json_marks_the_default(capsys: Captured) -> None:
@@ -64,6 +64,26 @@ def test_cp_copies_comments_and_all_and_keeps_what_is_there_unless_forced(tmp_pa
 def test_cp_into_a_folder_keeps_the_name(tmp_path: Path) -> None:
     assert run("cp", "folder", ".") == 0
     assert read(tmp_path / "folder.toml").name == "folder"
+
+
+def test_cost_estimates_every_stage_and_halves_with_a_device_twice_as_fast(capsys: Captured) -> None:
+    told = []
+    for tflops in ("100", "200"):
+        assert run("cost", "digits-lt", "--tflops", tflops, "--json") == 0
+        told.append(json.loads(capsys.readouterr().out)["parts"])
+    slow, fast = told
+    assert list(slow) == ["source", "target", "guide", "1,000 images"]
+    for part in slow:
+        assert slow[part]["operations"] == fast[part]["operations"] > 0
+        assert slow[part]["hours"] == pytest.approx([2 * h for h in fast[part]["hours"]])
+
+
+def test_cost_says_on_what_device_and_that_it_is_an_estimate(capsys: Captured) -> None:
+    assert run("cost", "digits-lt", "--set", "source.train_steps=2000") == 0
+    out = capsys.readouterr().out
+    assert "312 TFLOP/s (NVIDIA A100, dense bfloat16)" in out
+    assert "an estimate" in out
+    assert run("cost", "digits-lt", "--tflops", "0") == 2
 
 
 def test_validate_says_valid_or_tells_every_mistake(tmp_path: Path, capsys: Captured) -> None:

@@ -1,4 +1,4 @@
-"""Batches: which images a training step sees, and their tensors.
+"""Batches: which images a training step sees, their tensors, and threads that draw them ahead.
 
 Every draw is a pure function of (seed, purpose, step), so that a resumed run needs no state and no step depends on how
 many were drawn before it.
@@ -6,10 +6,14 @@ many were drawn before it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +24,73 @@ from engines.data.images import Indices
 
 Probabilities = npt.NDArray[np.float64]
 ClassSampling = Literal["natural", "balanced", "sqrt"]
+T = TypeVar("T")
+
+ALL = slice(None)  # rows of a batch
+DRAWN_AHEAD = 2  # batches a worker thread has ready or in the making
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a step's global batch: all that is random about them, drawn on the CPU."""
+
+    pixels: Tensor  # (B, C, H, W) uint8, augmented
+    y: Tensor  # (B,) int64
+    u: Tensor  # (B,) in [0, 1), of which the device makes the timestep
+    noise: Tensor  # (B, C, H, W) float32, standard normal
+    unlabeled: Tensor  # (B,) bool, whose label is hidden from a conditional network
+    parts: int = 1  # the global batch has so many times these rows
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def x0(self) -> Tensor:
+        """(B, C, H, W) float32 in [-1, 1]: pixels travel as bytes and are scaled where they arrive."""
+        return scaled(self.pixels)
+
+    def part(self, i: int, n: int) -> Batch:
+        """The i-th of n runs of rows, all of one length."""
+        size, rest = divmod(len(self), n)
+        assert not rest, f"{len(self)} rows in {n} parts"
+        rows = slice(i * size, (i + 1) * size)
+        return replace(self._each(lambda tensor: tensor[rows]), parts=self.parts * n)
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; the copy of a pinned batch is not waited for."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.pixels), change(self.y), change(self.u), change(self.noise), change(self.unlabeled), self.parts)
+
+
+@contextlib.contextmanager
+def drawn_ahead(draw: Callable[[int], T], first: int, end: int, workers: int) -> Iterator[Iterator[T]]:
+    """draw(first) .. draw(end - 1) in order, the coming ones drawn by `workers` threads; 0 = each when it is asked for.
+
+    `draw` must be a pure function of the step: then the number of workers changes nothing. An exception of `draw` is raised when
+    its step is asked for. At the end of the block no thread is left.
+    """
+    if not workers:
+        yield map(draw, range(first, end))
+        return
+
+    def in_order() -> Iterator[T]:
+        waiting: deque[Future[T]] = deque()
+        for step in range(first, end):
+            for coming in range(step + len(waiting), min(step + DRAWN_AHEAD * workers, end)):
+                waiting.append(threads.submit(draw, coming))
+            yield waiting.popleft().result()
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="draw") as threads:
+        try:
+            yield in_order()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # what is running ends by itself, the rest is not begun
 
 
 def natural_batch(count: int, batch_size: int, seed: int, step: int, purpose: str = "natural") -> Indices:
@@ -88,7 +159,17 @@ def torch_generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
 
 def to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
     """(B, H, W, C) uint8 -> (B, C, H, W) float32 in [-1, 1]: x = pixels / 127.5 - 1."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(torch.float32).div_(127.5).sub_(1.0)
+    return scaled(channels_first(pixels))
+
+
+def channels_first(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """(B, H, W, C) uint8 -> (B, C, H, W) uint8."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], on any device: x = pixels / 127.5 - 1."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def to_pixels(x: Tensor) -> npt.NDArray[np.uint8]:

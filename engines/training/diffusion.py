@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engines.data.augment import flip, shift
-from engines.data.batches import to_tensor, torch_generator
+from engines.data.augment import drawn_flips, drawn_offsets, mirror, move
+from engines.data.batches import ALL, Batch, channels_first, torch_generator
 from engines.data.images import ImageSet, Indices
 from engines.diffusion.losses import base_loss, variational_loss
 from engines.diffusion.noise import batch_noise, image_key
@@ -58,7 +59,7 @@ def training_schedule(recipe: Recipe, device: torch.device) -> Schedule:
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """A batch at its noise levels: everything that a loss of METHOD's sections 1-3 needs."""
+    """A batch at its noise levels: everything that a loss of METHOD's sections 1-3 needs, on one device."""
 
     x0: Tensor  # (B, C, H, W)
     y: Tensor  # (B,)
@@ -68,38 +69,70 @@ class NoisedBatch:
 
 
 def draw(
-    images: ImageSet, indices: Indices, settings: StageSection, schedule: Schedule, seed: int, stage: str, step: int, group_size: int = 1
-) -> NoisedBatch:
-    """Augment and noise a batch; every draw is named by (seed, stage, step). group_size > 1: one t for each run of that many."""
-    generator = torch_generator(seed, f"{stage}/draw", step)
-    x0 = to_tensor(images.pixels(indices))
+    images: ImageSet,
+    indices: Indices,
+    settings: StageSection,
+    seed: int,
+    stage: str,
+    step: int,
+    rows: slice = ALL,
+    group_size: int = 1,
+    label_dropout: float = 0.0,
+    spread: Callable[[Tensor], Tensor] = lambda u: u,
+) -> Batch:
+    """Augment a batch and draw its noise; every draw is named by (seed, stage, step).
+
+    Args:
+        indices: (B,) of the whole global batch.
+        rows: of it that are wanted; only their images are read, the draws are those of the whole batch.
+        group_size: > 1: one u, and so one t, for each run of that many images.
+        label_dropout: share of labels hidden from a conditional network (classifier-free guidance).
+        spread: what a timestep sampler makes of the u of a whole batch.
+    """
+    generator, count = torch_generator(seed, f"{stage}/draw", step), len(indices)
+    pixels = channels_first(images.pixels(indices[rows]))
     if settings.horizontal_flip:
-        x0 = flip(x0, generator)
+        pixels = mirror(pixels, drawn_flips(count, generator)[rows])
     if settings.shift_px:
-        x0 = shift(x0, settings.shift_px, generator)
-    j = torch.randint(len(schedule), (len(x0) // group_size,), generator=generator).repeat_interleave(group_size)
-    noise = torch.randn(x0.shape, generator=generator)
-    device = schedule.betas.device
-    x0, j, noise = x0.to(device), j.to(device), noise.to(device)
-    y = torch.from_numpy(images.labels[indices]).to(device)
-    return NoisedBatch(x0, y, j, noise, q_sample(schedule, x0, j, noise))
+        pixels = move(pixels, drawn_offsets(count, settings.shift_px, generator)[:, rows])
+    u = spread(torch.rand(count // group_size, generator=generator)).repeat_interleave(group_size)
+    noise = torch.randn((count, *pixels.shape[1:]), generator=generator)
+    unlabeled = torch.rand(count, generator=torch_generator(seed, f"{stage}/labels", step)).lt(label_dropout)
+    y = torch.from_numpy(images.labels[indices[rows]])
+    return Batch(pixels, y, u[rows], noise[rows], unlabeled[rows], parts=count // len(y))
 
 
-def dropped_labels(y: Tensor, share: float, null: int, seed: int, stage: str, step: int) -> Tensor:
-    """Labels with each one replaced by the null label with probability `share` (classifier-free guidance)."""
-    drop = torch.rand(len(y), generator=torch_generator(seed, f"{stage}/labels", step)).lt(share).to(y.device)
-    return torch.where(drop, torch.full_like(y, null), y)
+def noised(schedule: Schedule, batch: Batch, t: Tensor) -> NoisedBatch:
+    """A batch at timesteps t (B,), Eq. 2."""
+    x0 = batch.x0
+    return NoisedBatch(x0, batch.y, t, batch.noise, q_sample(schedule, x0, t, batch.noise))
 
 
-def diffusion_loss(schedule: Schedule, batch: NoisedBatch, output: Tensor, vlb_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_base + vlb_weight * L_vlb of a batch; L_vlb is estimated from one term each, so it counts T times (METHOD section 1)."""
+def visible_labels(batch: Batch, null: int) -> Tensor:
+    """(B,) labels, the hidden ones replaced by the null label."""
+    return torch.where(batch.unlabeled, null, batch.y)
+
+
+def diffusion_loss(
+    schedule: Schedule, batch: NoisedBatch, output: Tensor, vlb_weight: float, weight: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_base + vlb_weight * L_vlb of a batch; L_vlb is estimated from one term each, so it counts T times (METHOD section 1).
+
+    Args:
+        weight: (B,) of a timestep sampler, 1 / (T p(t)): with it the mean is an estimate over all t, whatever t were drawn.
+
+    Returns: a scalar; figures, among them "losses" (B,) without the weight and "t" (B,), from which a sampler learns.
+    """
     channels = batch.x0.shape[1]
     eps = output[:, :channels].float()
-    l_base = base_loss(batch.noise, eps).mean()
-    if output.shape[1] == channels:
-        return l_base, {"l_base": l_base.detach()}
-    l_vlb = variational_loss(schedule, batch.x0, batch.x, batch.j, eps, output[:, channels:].float()).mean() * len(schedule)
-    return l_base + vlb_weight * l_vlb, {"l_base": l_base.detach(), "l_vlb": l_vlb.detach()}
+    weight = torch.ones_like(batch.j, dtype=torch.float32) if weight is None else weight
+    losses = base_loss(batch.noise, eps)  # (B,)
+    figures = {"l_base": (weight * losses).mean().detach(), "t": batch.j}
+    if output.shape[1] > channels:
+        l_vlb = variational_loss(schedule, batch.x0, batch.x, batch.j, eps, output[:, channels:].float()) * len(schedule)
+        losses = losses + vlb_weight * l_vlb
+        figures["l_vlb"] = (weight * l_vlb).mean().detach()
+    return (weight * losses).mean(), figures | {"losses": losses.detach()}
 
 
 def preview(unet: UNet, schedule: Schedule, labels: Tensor | None, seed: int) -> Tensor:

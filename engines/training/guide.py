@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.data.batches import by_class, class_batch, class_probabilities
+from engines.data.batches import ALL, Batch, by_class, class_batch, class_probabilities
 from engines.data.images import Indices
 from engines.data.longtail import LongTail
 from engines.diffusion.losses import prototype_contrastive_loss, update_prototypes
+from engines.diffusion.timesteps import TimestepSampler
 from engines.networks.guide import Guide
 from engines.recipe import Recipe
-from engines.training.diffusion import architecture, draw, training_schedule
-from engines.training.loop import Figures, Stage
+from engines.training.diffusion import architecture, draw, noised, training_schedule
+from engines.training.loop import Figures, Forward, Stage
 
 WARM_START_IMAGES = 64  # a class, for the prototype's first mean
 
@@ -29,21 +32,23 @@ def guide_stage(recipe: Recipe, data: LongTail, guide: Guide, device: torch.devi
     settings, schedule = recipe.guide, training_schedule(recipe, device)
     members = by_class(data.train.labels, len(data.counts))
     probabilities = class_probabilities(data.counts, settings.class_sampling)
-    latest: dict[str, Tensor] = {}
+    uniform = TimestepSampler("uniform", recipe.diffusion.steps)
 
-    def loss(step: int) -> tuple[Tensor, Figures]:
+    def batch(step: int, rows: slice = ALL) -> Batch:
         indices = class_batch(members, probabilities, settings.batch_size, recipe.seed, step, "guide")
-        batch = draw(data.train, indices, settings, schedule, recipe.seed, "guide", step)
-        features = guide(batch.x, batch.j)
-        latest.update(features=features.detach(), y=batch.y, step=torch.tensor(step))
-        l_pc = prototype_contrastive_loss(features, batch.y, guide.prototypes, guide.log_prior, guide.tau).mean()
-        return l_pc, {"l_pc": l_pc.detach()}
+        return draw(data.train, indices, settings, recipe.seed, "guide", step, rows)
 
-    def move_prototypes() -> None:
-        momentum = early_momentum(settings.prototype_momentum, int(latest["step"]))
-        guide.prototypes.copy_(update_prototypes(guide.prototypes, latest["features"], latest["y"], momentum))
+    def loss(forward: Forward, batch: Batch) -> tuple[Tensor, Figures]:
+        at = noised(schedule, batch, uniform(batch.u)[0])
+        features = forward(at.x, at.j)
+        l_pc = prototype_contrastive_loss(features, at.y, guide.prototypes, guide.log_prior, guide.tau).mean()
+        return l_pc, {"l_pc": l_pc.detach(), "features": features.detach(), "y": at.y}
 
-    return Stage("guide", settings, guide, loss, after_step=move_prototypes)
+    def move_prototypes(rows: Mapping[str, Tensor], step: int) -> None:
+        momentum = early_momentum(settings.prototype_momentum, step)
+        guide.prototypes.copy_(update_prototypes(guide.prototypes, rows["features"], rows["y"], momentum))
+
+    return Stage("guide", settings, guide, batch, loss, after_step=move_prototypes)
 
 
 def early_momentum(momentum: float, step: int) -> float:
@@ -58,10 +63,11 @@ def early_momentum(momentum: float, step: int) -> float:
 @torch.no_grad()
 def warm_start(guide: Guide, recipe: Recipe, data: LongTail, device: torch.device) -> None:
     """Set every prototype to its class's mean feature: at m = 0.999 a class of five images would move it 0.5 % an epoch."""
-    schedule = training_schedule(recipe, device)
+    schedule, uniform = training_schedule(recipe, device), TimestepSampler("uniform", recipe.diffusion.steps)
     guide.to(device).eval()
     for k, members in enumerate(by_class(data.train.labels, len(data.counts))):
         chosen = members[np.arange(min(WARM_START_IMAGES, len(members)))]
-        batch = draw(data.train, chosen, recipe.guide, schedule, recipe.seed, "guide/warm-start", k)
-        mean = guide(batch.x, batch.j).mean(0, keepdim=True)
+        batch = draw(data.train, chosen, recipe.guide, recipe.seed, "guide/warm-start", k).to(device)
+        at = noised(schedule, batch, uniform(batch.u)[0])
+        mean = guide(at.x, at.j).mean(0, keepdim=True)
         guide.prototypes[k] = mean[0] / mean.norm()

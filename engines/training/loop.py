@@ -1,54 +1,90 @@
-"""The one training loop: AdamW, warm-up, clipping, EMA, autocast, metrics, sample grids, checkpoints, exact resume.
+"""The one training loop: batches drawn ahead, steps, metrics, held-out figures, sample grids, checkpoints, exact resume.
 
 What differs between stages is a `Stage`. Every random draw of step n is a function of (seed, stage, n), so a checkpoint holds
-no generator state and a resumed run is bit-equal to an uninterrupted one on a CPU.
+no generator state, and a resumed run is bit-equal to an uninterrupted one on a CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engines import store
-from engines.data.batches import torch_generator
-from engines.errors import NumericsError
+from engines.data.batches import ALL, Batch, drawn_ahead
+from engines.errors import Interrupted
 from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report, silent
 from engines.recipe import StageSection
 from engines.store import Checkpoint
 from engines.synthesis.sheet import grid_png
+from engines.training.distributed import ALONE, World
+from engines.training.trainer import Trainer
 
 GRID_COLUMNS = 8  # of sample grids
 
-Figures = Mapping[str, Tensor | float]
+Forward = Callable[..., Tensor]
+"""The model as a loss calls it: itself, or a wrapper that averages gradients over processes."""
+
+Figures = Mapping[str, Tensor]
+"""What a loss says beside itself: scalars are logged, as means over the batch's parts; tensors of a row an image go to `after_step`."""
+
+
+class Draw(Protocol):
+    def __call__(self, step: int, rows: slice = ALL) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class Stage:
     """What one stage trains and how.
 
-    `loss(step)` draws the step's batch and returns a scalar and the figures to log. `after_step` sees the weights after the
-    optimizer. `sample` makes (N, C, H, W) images in [-1, 1] with the EMA model that it is given.
+    Attributes:
+        model: the network that is trained.
+        draw: the given rows of a step's global batch, on the CPU; a pure function that any thread may call.
+        loss: of a part of the batch, on the device: scalar mean over its images, and figures. Called once a micro-batch.
+        after_step: sees the figures of the whole global batch, row by row in its order, and the weights after the optimizer. What it
+            changes in buffers of `model` or `state` is undone where the step was not finite.
+        sample: (N, C, H, W) images in [-1, 1] of the EMA model that it is given, after so many steps.
+        held_out: figures of the EMA model that it is given; "held_out" is the one that early stopping watches.
+        held_out_every_steps: between two calls of `held_out`; it is called after the last step too.
+        patience: evaluations without a new best after which the stage ends; its result is then the best EMA weights, here as at the
+            last step. 0 = the figure is only logged.
+        state: buffers that are saved beside the model.
+        identity: what the weights depend on; goes into the state of every checkpoint.
     """
 
     name: str
     settings: StageSection
     model: nn.Module
-    loss: Callable[[int], tuple[Tensor, Figures]]
-    after_step: Callable[[], None] | None = None
+    draw: Draw
+    loss: Callable[[Forward, Batch], tuple[Tensor, Figures]]
+    after_step: Callable[[Mapping[str, Tensor], int], None] | None = None
     sample: Callable[[nn.Module, int], Tensor] | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)  # what the weights depend on: goes into the state of every checkpoint
+    held_out: Callable[[nn.Module], Mapping[str, float]] | None = None
+    held_out_every_steps: int = 1
+    patience: int = 0
+    state: nn.Module | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train(stage: Stage, folder: Path, seed: int, device: torch.device, report: Report = silent) -> int:
-    """Train a stage to its last step, continuing from its newest good checkpoint; the EMA weights end up in `stage.model`.
+def train(
+    stage: Stage,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    report: Report = silent,
+    world: World = ALONE,
+) -> int:
+    """Train a stage to its end, continuing from its newest good checkpoint; its result ends up in `stage.model`.
+
+    Of several processes the first one writes and reports; all return alike.
 
     Returns: steps trained by this call, 0 where the stage was complete.
 
@@ -57,149 +93,151 @@ def train(stage: Stage, folder: Path, seed: int, device: torch.device, report: R
         NumericsError: after `max_nonfinite_steps` skipped steps in a row.
         StorageError: from a checkpoint that cannot be written.
     """
-    settings = stage.settings
-    trainer = _Trainer(stage, device)
-    first = trainer.resume(folder)
-    if first < settings.train_steps:
+    trainer = Trainer(stage, seed, device, world)
+    found = store.load_checkpoint(folder)
+    first = found.step if found else 0
+    if found:
+        trainer.load(found)
+    if world.first:
+        _forget_after(first, folder / "metrics.jsonl")
+    done = first
+    if not is_complete(found, stage.settings):
         with catch_signals() as stop:
-            _loop(stage, trainer, folder, first, seed, report, stop)
-    stage.model.load_state_dict(trainer.ema)
+            done = _Loop(stage, trainer, folder, report, stop).run(first)
+    stage.model.load_state_dict(trainer.result)
     stage.model.eval()
-    return settings.train_steps - first
+    return done - first
 
 
-def _loop(stage: Stage, trainer: _Trainer, folder: Path, first: int, seed: int, report: Report, stop: StopRequest) -> None:
-    settings, metrics = stage.settings, folder / "metrics.jsonl"
-    logged_at, images = time.perf_counter(), 0
-    for step in range(first, settings.train_steps):
-        figures = trainer.step(step, torch_generator(seed, f"{stage.name}/dropout", step).initial_seed())
-        done = step + 1
-        images += settings.batch_size
-        if done % settings.log_every_steps == 0 or done == settings.train_steps:
-            now = time.perf_counter()
-            line = {name: float(value) for name, value in figures.items()} | {"images_per_second": images / (now - logged_at)}
-            store.append_json(metrics, {"step": done, **{k: v if math.isfinite(v) else None for k, v in line.items()}})
-            report(stage.name, done, settings.train_steps, line)
-            logged_at, images = now, 0
+def is_complete(found: Checkpoint | None, settings: StageSection) -> bool:
+    """Whether a stage with this newest checkpoint is at its end: at its last step, or stopped early."""
+    return found is not None and (found.step >= settings.train_steps or found.state.get("stopped_at") is not None)
+
+
+def result_of(found: Checkpoint) -> Mapping[str, Tensor]:
+    """The weights that a stage leaves to those after it: the best EMA where a held-out figure chose it, else the last."""
+    return found.groups.get("best", found.groups["ema"])
+
+
+def measure(stage: Stage, device: torch.device, steps: int = 3) -> float:
+    """Seconds that a step takes, its batch drawn in line; the stage is left as it was. One step more is trained first, to warm up."""
+    kept = copy.deepcopy((stage.model.state_dict(), stage.state.state_dict() if stage.state else {}))
+    trainer = Trainer(stage, 0, device, ALONE)
+    began = 0.0
+    for step in range(steps + 1):
+        if step == 1:
+            _synchronize(device)
+            began = time.perf_counter()
+        trainer.step(step, stage.draw(step))
+    _synchronize(device)
+    seconds = (time.perf_counter() - began) / steps
+    stage.model.load_state_dict(kept[0])
+    if stage.state:
+        stage.state.load_state_dict(kept[1])
+    return seconds
+
+
+class _Loop:
+    """One call of `train`: the steps that it makes, and what is written between them."""
+
+    def __init__(self, stage: Stage, trainer: Trainer, folder: Path, report: Report, stop: StopRequest) -> None:
+        self.stage, self.settings, self.trainer, self.folder, self.stop = stage, stage.settings, trainer, folder, stop
+        self.world = trainer.world
+        self.report = report if self.world.first else silent
+        self.began = self.logged_at = time.perf_counter()
+        self.images = 0
+
+    def run(self, first: int) -> int:
+        """Train from step `first` on; the steps that are done at the end."""
+        settings, world, trainer = self.settings, self.world, self.trainer
+        self.first = first
+        if not settings.train_steps:  # pre-trained weights as they are: a checkpoint like any other
+            self._save(0)
+        rows, pinned = world.rows(settings.batch_size), trainer.device.type == "cuda"
+
+        def draw(step: int) -> Batch:
+            batch = self.stage.draw(step, rows)
+            return batch.pinned() if pinned else batch
+
+        with drawn_ahead(draw, first, settings.train_steps, settings.workers) as batches:
+            for step, batch in enumerate(batches, first):
+                figures = trainer.step(step, batch)
+                if self._finish(step, figures):
+                    return step + 1
+        return settings.train_steps
+
+    def _finish(self, step: int, figures: Figures) -> bool:
+        """What follows a step; whether it was the last."""
+        settings, done = self.settings, step + 1
+        self.images += settings.batch_size
+        signal_number = self.world.largest(self.stop.signal_number)
+        held_out = self._held_out(done)
+        last = done == settings.train_steps or self.trainer.stopped_at is not None
+        logged = done % settings.log_every_steps == 0 or bool(held_out) or last
+        saved = done % settings.save_every_steps == 0 or last or signal_number != 0
+        if logged or saved or done % settings.max_nonfinite_steps == 0:
+            self.trainer.require_finite()
+        if logged:
+            self._log(done, self.trainer.figures(step, figures), held_out)
         else:
-            report(stage.name, done, settings.train_steps, {})
-        if stage.sample and settings.sample_every_steps and done % settings.sample_every_steps == 0:
-            with trainer.ema_weights():
-                store.write_bytes(folder / "samples" / f"{done:09d}.png", grid_png(stage.sample(stage.model, done), GRID_COLUMNS))
-        if done % settings.save_every_steps == 0 or done == settings.train_steps or stop.requested:
-            store.save_checkpoint(folder, trainer.checkpoint(done))
-        if stop.requested:
-            raise stop.error(f"{stage.name} is saved at step {done:,} of {settings.train_steps:,}")
+            self.report(self.stage.name, done, settings.train_steps, {})
+        if self.stage.sample and settings.sample_every_steps and done % settings.sample_every_steps == 0 and self.world.first:
+            self._sample(self.stage.sample, done)
+        if saved:
+            self._save(done)
+        if signal_number:
+            raise _interrupted(signal_number, f"{self.stage.name} is saved at step {done:,} of {settings.train_steps:,}")
+        return last
+
+    def _held_out(self, done: int) -> Mapping[str, float]:
+        """Figures of the EMA model on held-out images, where it is time for them."""
+        stage = self.stage
+        if not stage.held_out or (done % stage.held_out_every_steps and done != self.settings.train_steps):
+            return {}
+        figures: Mapping[str, float] = {}
+        if self.world.first:
+            with self.trainer.ema_weights() as model:
+                figures = stage.held_out(model)
+        value, known = self.world.told([figures.get("held_out", math.inf), float("held_out" in figures)])
+        if stage.patience and known:
+            self.trainer.judge(value, done)
+        return figures if self.world.first else {"held_out": value} if known else {}
+
+    def _log(self, done: int, figures: Mapping[str, float], held_out: Mapping[str, float]) -> None:
+        now, total = time.perf_counter(), self.settings.train_steps
+        line = {**figures, **held_out, "images_per_second": self.images / (now - self.logged_at)}
+        if self.world.first:
+            path = self.folder / "metrics.jsonl"
+            store.append_json(path, {"step": done, **{k: v if math.isfinite(v) else None for k, v in line.items()}})
+        seconds_left = (now - self.began) / (done - self.first) * (total - done)
+        end = total if self.trainer.stopped_at is None else done
+        self.report(self.stage.name, done, end, {**line, "seconds_left": seconds_left})
+        self.logged_at, self.images = now, 0
+
+    def _sample(self, sample: Callable[[nn.Module, int], Tensor], done: int) -> None:
+        with self.trainer.ema_weights() as model:
+            picture = grid_png(sample(model, done), GRID_COLUMNS)
+        store.write_bytes(self.folder / "samples" / f"{done:09d}.png", picture)
+
+    def _save(self, done: int) -> None:
+        if self.world.first:
+            store.save_checkpoint(self.folder, self.trainer.checkpoint(done))
+        self.world.wait()  # a process that ends before the save is done would have the others ended too
 
 
-class _Trainer:
-    """Weights, EMA and optimizer of a stage, and one step of it."""
-
-    def __init__(self, stage: Stage, device: torch.device) -> None:
-        self.stage, self.device = stage, device
-        self.model = stage.model.to(device)
-        settings = stage.settings
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self.skipped, self.skipped_in_a_row, self.damaged_checkpoints = 0, 0, 0
-
-    def step(self, step: int, seed: int) -> Figures:
-        """One optimizer step on the batch of `step`; a loss or gradient that is not finite skips it and leaves the EMA alone."""
-        settings = self.stage.settings
-        torch.manual_seed(seed)  # dropout is the one draw that has no generator argument
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss, figures = self.stage.loss(step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip)
-        if bool(torch.isfinite(loss.detach() + norm)):
-            self.optimizer.step()
-            if self.stage.after_step:
-                self.stage.after_step()
-            self._update_ema(step)
-            self.skipped_in_a_row = 0
-        else:
-            self._skip(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        lr = self.optimizer.param_groups[0]["lr"]
-        damaged = {"damaged_checkpoints": float(self.damaged_checkpoints)} if self.damaged_checkpoints else {}
-        log = {"grad_norm": norm.detach(), "lr": lr, "skipped_steps": float(self.skipped), **damaged}
-        return {"loss": loss.detach(), **figures, **log}
-
-    def _update_ema(self, step: int) -> None:
-        decay = min(self.stage.settings.ema_decay, (1 + step) / (10 + step))  # a short run forgets its random start
-        for name, parameter in self.model.named_parameters():
-            self.ema[name].lerp_(parameter.detach(), 1 - decay)
-        for name, buffer in self.model.named_buffers():  # prototypes are a moving average already, and of unit length
-            self.ema[name].copy_(buffer)
-
-    def _skip(self, step: int) -> None:
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.stage.settings.max_nonfinite_steps:
-            raise NumericsError(
-                f"{self.stage.name}: {self.skipped_in_a_row} steps in a row were not finite, up to step {step + 1:,}",
-                f"the last checkpoint is good: try --set {self.stage.name}.precision=fp32 or a smaller {self.stage.name}.lr in a new run",
-            )
-
-    def ema_weights(self) -> _Swapped:
-        """Context in which the model holds the EMA weights and is in evaluation mode."""
-        return _Swapped(self.model, self.ema)
-
-    def checkpoint(self, step: int) -> Checkpoint:
-        optimizer = {f"{i}.{k}": v for i, entry in self.optimizer.state_dict()["state"].items() for k, v in entry.items()}
-        groups = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": optimizer}
-        counts = {
-            "skipped_steps": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "damaged_checkpoints": self.damaged_checkpoints,
-        }
-        return Checkpoint(step, groups, {"stage": self.stage.name, **counts, **self.stage.identity})
-
-    def resume(self, folder: Path) -> int:
-        """Load the newest good checkpoint, drop metrics from after it, and return the step to go on with."""
-        found = store.load_checkpoint(folder)
-        if found is not None:
-            self._load(found)
-        first = found.step if found else 0
-        lines = store.read_json_lines(folder / "metrics.jsonl")
-        if any(line["step"] > first for line in lines):
-            store.write_json_lines(folder / "metrics.jsonl", [line for line in lines if line["step"] <= first])
-        return first
-
-    def _load(self, found: Checkpoint) -> None:
-        self.model.load_state_dict(dict(found.groups["model"]))
-        self.ema = {name: value.to(self.device) for name, value in found.groups["ema"].items()}
-        state = self.optimizer.state_dict()
-        for key, value in found.groups.get("optimizer", {}).items():
-            index, name = key.split(".", 1)
-            state["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(state)
-        self.skipped, self.skipped_in_a_row = int(found.state["skipped_steps"]), int(found.state["skipped_in_a_row"])
-        self.damaged_checkpoints = int(found.state["damaged_checkpoints"]) + len(found.skipped)
+def _forget_after(step: int, metrics: Path) -> None:
+    """Drop the metrics of steps that will be trained again."""
+    lines = store.read_json_lines(metrics)
+    if any(line["step"] > step for line in lines):
+        store.write_json_lines(metrics, [line for line in lines if line["step"] <= step])
 
 
-class _Swapped:
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.model, self.weights = model, weights
-
-    def __enter__(self) -> None:
-        self.before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(dict(self.weights))
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.load_state_dict(self.before)
-        self.model.train()
+def _interrupted(signal_number: int, what: str) -> Interrupted:
+    stop = StopRequest()
+    stop.signal_number = signal_number  # which may have come to another process alone
+    return stop.error(what)
 
 
-def learning_rate(settings: StageSection, step: int) -> float:
-    """Linear warm-up to lr, then constant or half a cosine that reaches 0 after the last step."""
-    warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-    if settings.lr_decay == "none" or step < settings.warmup_steps:
-        return settings.lr * warmup
-    share = (step - settings.warmup_steps) / max(settings.train_steps - settings.warmup_steps, 1)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * share))
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engines.data.batches import by_class, class_batch, class_probabilities
+from engines.data.batches import ALL, Batch, by_class, class_batch, class_probabilities
 from engines.data.images import Indices
 from engines.data.longtail import LongTail
+from engines.diffusion.timesteps import TimestepSampler
 from engines.networks.unet import UNet
 from engines.recipe import Recipe
-from engines.training.diffusion import diffusion_loss, draw, dropped_labels, preview, training_schedule
-from engines.training.loop import Figures, Stage
+from engines.training.diffusion import diffusion_loss, draw, noised, preview, training_schedule, visible_labels
+from engines.training.loop import Figures, Forward, Stage
 
 
 def source_stage(recipe: Recipe, data: LongTail, unet: UNet, device: torch.device) -> Stage:
@@ -22,16 +25,26 @@ def source_stage(recipe: Recipe, data: LongTail, unet: UNet, device: torch.devic
     members = by_class(data.train.labels, len(data.counts))
     probabilities = class_probabilities(masked_counts(data, classes), settings.class_sampling)
 
-    def loss(step: int) -> tuple[Tensor, Figures]:
+    sampler = TimestepSampler(recipe.diffusion.timestep_sampler, recipe.diffusion.steps)
+
+    def batch(step: int, rows: slice = ALL) -> Batch:
         indices = class_batch(members, probabilities, settings.batch_size, recipe.seed, step, "source")
-        batch = draw(data.train, indices, settings, schedule, recipe.seed, "source", step)
-        y = dropped_labels(batch.y, settings.label_dropout, unet.classes - 1, recipe.seed, "source", step) if unet.classes else None
-        return diffusion_loss(schedule, batch, unet(batch.x, batch.j, y), recipe.diffusion.vlb_weight)
+        dropout = settings.label_dropout if unet.classes else 0.0
+        return draw(data.train, indices, settings, recipe.seed, "source", step, rows, label_dropout=dropout, spread=sampler.spread)
+
+    def loss(forward: Forward, batch: Batch) -> tuple[Tensor, Figures]:
+        t, weight = sampler(batch.u)
+        at = noised(schedule, batch, t)
+        y = visible_labels(batch, unet.classes - 1) if unet.classes else None
+        return diffusion_loss(schedule, at, forward(at.x, at.j, y), recipe.diffusion.vlb_weight, weight)
+
+    def remember(rows: Mapping[str, Tensor], _step: int) -> None:
+        sampler.update(rows["t"], rows["losses"])
 
     def samples(_model: nn.Module, _step: int) -> Tensor:
         return preview(unet, schedule, torch.from_numpy(classes) if unet.classes else None, recipe.seed)
 
-    return Stage("source", settings, unet, loss, sample=samples)
+    return Stage("source", settings, unet, batch, loss, after_step=remember, sample=samples, state=sampler)
 
 
 def masked_counts(data: LongTail, classes: Indices) -> Indices:

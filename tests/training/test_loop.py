@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engines import store
-from engines.data.batches import torch_generator
+from engines.data.batches import ALL, Batch, torch_generator
 from engines.errors import Interrupted, NumericsError
 from engines.interrupt import catch_signals
 from engines.recipe import StageSection
-from engines.training.loop import Stage, learning_rate, train
+from engines.training.loop import Forward, Stage, train
+from engines.training.trainer import learning_rate
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -54,15 +56,23 @@ def toy(hook: Hook = lambda _, loss: loss, **changes: Any) -> Stage:
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1))
     model.register_buffer("steps_seen", torch.zeros(1))
 
-    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        x = torch.randn(4, 3, generator=torch_generator(0, "toy", step))
-        value = (model(x) - x.sum(1, keepdim=True)).square().mean()
-        return hook(step, value), {"mean": x.mean()}
+    section = settings(**changes)
 
-    def after_step() -> None:
+    def draw(step: int, rows: slice = ALL) -> Batch:
+        noise = torch.randn(section.batch_size, 3, generator=torch_generator(0, "toy", step))[rows]
+        count = len(noise)
+        pixels, none = torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.zeros(count, dtype=torch.bool)
+        return Batch(pixels, torch.full((count,), step), torch.zeros(count), noise, none, section.batch_size // count)
+
+    def loss(forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x = batch.noise
+        value = (forward(x) - x.sum(1, keepdim=True)).square().mean()
+        return hook(int(batch.y[0]), value), {"mean": x.mean()}
+
+    def after_step(_rows: Mapping[str, Tensor], _step: int) -> None:
         model.steps_seen.add_(1)
 
-    return Stage("toy", settings(**changes), model, loss, after_step)
+    return Stage("toy", section, model, draw, loss, after_step)
 
 
 def end_of(folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
@@ -263,13 +273,13 @@ def test_the_ema_is_the_running_average_that_forgets_its_start_and_buffers_are_c
     stage = toy()
     remember = stage.after_step
 
-    def after_step() -> None:
+    def after_step(rows: Mapping[str, Tensor], step: int) -> None:
         assert remember
-        remember()
+        remember(rows, step)
         weights.append(stage.model.state_dict()["0.weight"].clone())
 
     by_hand = stage.model.state_dict()["0.weight"].clone()
-    train(Stage(stage.name, stage.settings, stage.model, stage.loss, after_step), tmp_path, 0, CPU)
+    train(replace(stage, after_step=after_step), tmp_path, 0, CPU)
     for step, weight in enumerate(weights):
         decay = min(0.6, (1 + step) / (10 + step))
         by_hand = decay * by_hand + (1 - decay) * weight
@@ -282,9 +292,9 @@ def test_a_step_is_adamw_on_the_clipped_gradient(tmp_path: Path) -> None:
     changes = {"train_steps": 1, "warmup_steps": 1, "lr_decay": "none", "grad_clip": 0.01, "ema_decay": 0.0}
     stage, twin = toy(**changes), toy(**changes)
     optimizer = torch.optim.AdamW(twin.model.parameters(), lr=0.05, weight_decay=0.1)
-    torch.manual_seed(torch_generator(0, "toy/dropout", 0).initial_seed())
+    torch.manual_seed(torch_generator(0, "toy/dropout", 0, 0).initial_seed())
     twin.model.train()
-    twin.loss(0)[0].backward()  # type: ignore[no-untyped-call]
+    twin.loss(twin.model, twin.draw(0))[0].backward()  # type: ignore[no-untyped-call]
     size = math.sqrt(sum(float(p.grad.square().sum()) for p in twin.model.parameters() if p.grad is not None))
     assert size > 0.01
     for p in twin.model.parameters():
@@ -333,7 +343,7 @@ def test_sample_grids_are_drawn_with_the_ema_weights_and_leave_training_alone(tm
         return torch.zeros(16, 1, 8, 8)
 
     stage = toy(sample_every_steps=2, save_every_steps=2)
-    train(Stage(stage.name, stage.settings, stage.model, stage.loss, stage.after_step, sample), tmp_path / "grids", 0, CPU)
+    train(replace(stage, sample=sample), tmp_path / "grids", 0, CPU)
     train(toy(), tmp_path / "whole", 0, CPU)
     assert_same_end(tmp_path / "whole", tmp_path / "grids")
     assert sorted(p.name for p in (tmp_path / "grids" / "samples").iterdir()) == [f"{step:09d}.png" for step in (2, 4, 6)]

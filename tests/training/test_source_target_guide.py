@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffrc_cli.recipe import embedded
-from engines.data.batches import by_class, class_batch, class_probabilities
+from engines.data.batches import Batch, by_class, class_batch, class_probabilities
 from engines.data.decode import Frame
 from engines.data.images import ArrayReader, ImageSet, Shelf
 from engines.data.longtail import LongTail
@@ -18,9 +18,9 @@ from engines.diffusion.losses import variational_loss
 from engines.diffusion.schedule import make_schedule
 from engines.recipe import Recipe, load
 from engines.training import target as target_module
-from engines.training.diffusion import NoisedBatch, build_unet, diffusion_loss, draw, dropped_labels, training_schedule
+from engines.training.diffusion import NoisedBatch, build_unet, diffusion_loss, draw, noised, training_schedule, visible_labels
 from engines.training.guide import build_guide, early_momentum, guide_stage, warm_start
-from engines.training.loop import train
+from engines.training.loop import Figures, Stage, train
 from engines.training.source import masked_counts, source_stage
 from engines.training.target import target_stage
 
@@ -56,38 +56,56 @@ def awake(network: Any) -> Any:
     return network
 
 
+def first_loss(stage: Stage) -> tuple[Tensor, Figures]:
+    return stage.loss(stage.model, stage.draw(0))
+
+
 # --------------------------------------------------------------------------------------------------------- what is shared
 
 
-def test_a_batch_is_noised_by_equation_2_and_named_by_seed_stage_and_step(recipe: Recipe) -> None:
+def fields(batch: Batch, *names: str) -> list[Tensor]:
+    return [getattr(batch, name) for name in names or ("pixels", "y", "u", "noise", "unlabeled")]
+
+
+def test_a_batch_is_named_by_seed_stage_and_step_and_noised_by_equation_2(recipe: Recipe) -> None:
     schedule, indices = make_schedule("cosine", 1000), np.array([0, 13, 25, 25])
-    batch = draw(tail().train, indices, recipe.source, schedule, 0, "source", 3)
-    abar = schedule.alphas_cumprod[batch.j].view(-1, 1, 1, 1)
-    torch.testing.assert_close(batch.x, abar.sqrt() * batch.x0 + (1 - abar).sqrt() * batch.noise)
+    batch = draw(tail().train, indices, recipe.source, 0, "source", 3)
+    t = torch.tensor([0, 10, 500, 999])
+    at, abar = noised(schedule, batch, t), schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(at.x, abar.sqrt() * batch.x0 + (1 - abar).sqrt() * batch.noise)
     assert batch.y.tolist() == [0, 1, 3, 3]
     assert not torch.equal(batch.noise[2], batch.noise[3])  # the same image comes under other noise
-    again = draw(tail().train, indices, recipe.source, schedule, 0, "source", 3)
-    assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in ("x0", "y", "j", "noise", "x"))
+    again = draw(tail().train, indices, recipe.source, 0, "source", 3)
+    assert all(torch.equal(a, b) for a, b in zip(fields(batch), fields(again), strict=True))
     for seed, stage, step in ((1, "source", 3), (0, "target", 3), (0, "source", 4)):
-        assert not torch.equal(draw(tail().train, indices, recipe.source, schedule, seed, stage, step).noise, batch.noise)
+        assert not torch.equal(draw(tail().train, indices, recipe.source, seed, stage, step).noise, batch.noise)
 
 
-def test_timesteps_are_drawn_per_image_uniformly_or_once_a_group(recipe: Recipe) -> None:
-    schedule = make_schedule("cosine", 10)
-    many = draw(tail().train, np.zeros(2000, dtype=np.int64), recipe.source, schedule, 0, "source", 0).j
-    assert torch.bincount(many, minlength=10).sub(200).abs().max() < 60
-    grouped = draw(tail().train, np.zeros(12, dtype=np.int64), recipe.source, schedule, 0, "source", 0, group_size=4).j.view(3, 4)
+def test_the_rows_of_a_rank_and_the_parts_of_a_batch_are_those_of_the_whole(recipe: Recipe) -> None:
+    section = recipe.source.model_copy(update={"horizontal_flip": True, "shift_px": 2})
+    images, indices = tail().train, np.arange(12)
+    whole = draw(images, indices, section, 0, "source", 3, label_dropout=0.5)
+    rows = draw(images, indices, section, 0, "source", 3, slice(4, 8), label_dropout=0.5)
+    assert (whole.parts, rows.parts, rows.part(1, 2).parts) == (1, 3, 6)
+    for all_of_it, some, part in zip(fields(whole), fields(rows), fields(rows.part(1, 2)), strict=True):
+        assert torch.equal(all_of_it[4:8], some)
+        assert torch.equal(all_of_it[6:8], part)
+
+
+def test_one_u_is_drawn_for_each_image_uniformly_or_once_a_group(recipe: Recipe) -> None:
+    many = draw(tail().train, np.zeros(2000, dtype=np.int64), recipe.source, 0, "source", 0).u
+    assert torch.bincount((many * 10).long(), minlength=10).sub(200).abs().max() < 60
+    grouped = draw(tail().train, np.zeros(12, dtype=np.int64), recipe.source, 0, "source", 0, group_size=4).u.view(3, 4)
     assert (grouped == grouped[:, :1]).all()
     assert len(grouped[:, 0].unique()) > 1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_labels_are_dropped_in_their_share_to_the_null_label(share: float) -> None:
-    y = torch.arange(4000) % 4
-    dropped = dropped_labels(y, share, 4, 0, "source", 0)
-    assert set(dropped[dropped != y].tolist()) <= {4}
-    assert float((dropped == 4).float().mean()) == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
-    assert torch.equal(dropped, dropped_labels(y, share, 4, 0, "source", 0))
+def test_labels_are_hidden_in_their_share_by_the_null_label(share: float, recipe: Recipe) -> None:
+    batch = draw(tail().train, np.arange(4000) % 26, recipe.source, 0, "source", 0, label_dropout=share)
+    y = visible_labels(batch, 4)
+    assert torch.equal(y, torch.where(batch.unlabeled, 4, batch.y))
+    assert float((y == 4).float().mean()) == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
 
 
 def test_the_loss_is_equation_3_plus_t_times_the_weighted_variational_term() -> None:
@@ -102,8 +120,20 @@ def test_the_loss_is_equation_3_plus_t_times_the_weighted_variational_term() -> 
     torch.testing.assert_close(total, base + 0.001 * vlb)
     torch.testing.assert_close(torch.stack([figures["l_base"], figures["l_vlb"]]), torch.stack([base, vlb]))
     plain, figures = diffusion_loss(schedule, batch, output[:, :1], vlb_weight=0.001)
-    assert set(figures) == {"l_base"}
+    assert set(figures) == {"l_base", "losses", "t"}
     torch.testing.assert_close(plain, base)
+    torch.testing.assert_close(figures["losses"], (noise - output[:, :1]).square().mean((1, 2, 3)))
+
+
+def test_a_timestep_samplers_weight_weighs_the_loss_and_not_what_it_learns_from() -> None:
+    schedule, j, weight = make_schedule("linear", 1000), torch.tensor([1, 300, 900]), torch.tensor([0.5, 2.0, 0.0])
+    x0, noise, output = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4), torch.randn(3, 2, 4, 4)
+    batch = NoisedBatch(x0, torch.zeros(3), j, noise, torch.randn(3, 1, 4, 4))
+    total, figures = diffusion_loss(schedule, batch, output, 0.001, weight)
+    unweighted = diffusion_loss(schedule, batch, output, 0.001)[1]["losses"]
+    torch.testing.assert_close(total, (weight * unweighted).mean())
+    assert torch.equal(figures["losses"], unweighted)
+    assert torch.equal(figures["t"], j)
 
 
 # ------------------------------------------------------------------------------------------------------------------ source
@@ -117,15 +147,15 @@ def test_the_source_sees_the_head_or_all_classes_as_the_recipe_says(
 
     seen: set[int] = set()
 
-    def watched(images: ImageSet, indices: Any, *rest: Any) -> NoisedBatch:
+    def watched(images: ImageSet, indices: Any, *rest: Any, **more: Any) -> Batch:
         seen.update(images.labels[indices].tolist())
-        return draw(images, indices, *rest)
+        return draw(images, indices, *rest, **more)
 
     monkeypatch.setattr(source_module, "draw", watched)
     recipe = changed(recipe, "source", train_on=train_on)
     stage = source_stage(recipe, tail(), build_unet(recipe, 4), CPU)
     for step in range(20):
-        stage.loss(step)
+        stage.draw(step)
     assert seen == wanted
 
 
@@ -141,7 +171,7 @@ def test_a_conditional_model_is_given_labels_and_the_null_label_in_their_share(r
     unet.register_forward_pre_hook(lambda _m, inputs: given.append(inputs[2]))
     stage = source_stage(recipe, tail(), unet, CPU)
     for step in range(3):
-        stage.loss(step)
+        stage.loss(stage.model, stage.draw(step))
     assert set(torch.cat(given).tolist()) == {0, 1, 2, 3, 4}
     assert 0.35 < float((torch.cat(given) == 4).float().mean()) < 0.65
 
@@ -172,7 +202,7 @@ def test_both_models_are_given_the_same_images_and_timesteps_in_groups_of_one_ta
     given: dict[str, list[Tensor]] = {"source": [], "target": []}
     source.register_forward_pre_hook(lambda _m, inputs: given["source"].extend(inputs[:2]))
     unet.register_forward_pre_hook(lambda _m, inputs: given["target"].extend(inputs[:2]))
-    target_stage(recipe, tail(), source, unet, CPU).loss(0)
+    first_loss(target_stage(recipe, tail(), source, unet, CPU))
     assert all(torch.equal(a, b) for a, b in zip(given["source"], given["target"], strict=True))
     assert len(given["source"][1].unique()) > 2  # t is drawn per image
 
@@ -183,7 +213,7 @@ def test_equation_10_is_l_base_plus_lambda_l_pair(recipe: Recipe) -> None:
         source, unet = two_models(recipe)
         unet.eval()
         stage = target_stage(changed(recipe, "target", lambda_pair=weight), tail(), source, unet, CPU)
-        total, figures = stage.loss(0)
+        total, figures = first_loss(stage)
         totals[weight] = float(total.detach())
         assert ("l_pair" in figures) == (weight > 0)
     l_pair = float(figures["l_pair"])
@@ -205,19 +235,19 @@ def test_equation_9_counts_no_head_class_and_is_a_mean_over_the_batch_or_a_sum(r
         counts_given.clear()
         settings = changed(recipe, "target", adapt_on="all", batch_size=32, pair_reduction=reduction)
         stage = target_stage(settings, tail(), source, unet, CPU)
-        l_pair = float(stage.loss(0)[1]["l_pair"])
+        l_pair = float(first_loss(stage)[1]["l_pair"])
         assert set(counts_given[0].tolist()) == set(COUNTS.tolist())  # N_k of each group's class, eight groups of four images
         of_tail = int((counts_given[0] != COUNTS[0]).sum())
         assert l_pair == pytest.approx(of_tail / (32 if reduction == "batch_mean" else 1))
     only_head = target_stage(settings, tail(groups=("many",) * 4), source, unet, CPU)
-    _, figures = only_head.loss(0)
+    _, figures = first_loss(only_head)
     assert float(figures["l_pair"]) == 0
 
 
 def test_the_adapted_classes_are_medium_and_few_unless_the_recipe_says_all(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
 
-    def watched(images: ImageSet, indices: Any, *rest: Any) -> NoisedBatch:
+    def watched(images: ImageSet, indices: Any, *rest: Any) -> Batch:
         runs = images.labels[indices].reshape(-1, recipe.target.group_size)
         assert (runs == runs[:, :1]).all()
         seen.update(runs[:, 0].tolist())
@@ -229,7 +259,7 @@ def test_the_adapted_classes_are_medium_and_few_unless_the_recipe_says_all(recip
         seen.clear()
         stage = target_stage(changed(recipe, "target", adapt_on=adapt_on), tail(), source, unet, CPU)
         for step in range(15):
-            stage.loss(step)
+            stage.draw(step)
         assert seen == wanted
 
 
@@ -239,7 +269,7 @@ def test_a_source_that_never_saw_a_label_is_given_the_null_label_for_it(recipe: 
     given: dict[str, Tensor] = {}
     source.register_forward_pre_hook(lambda _m, inputs: given.update(source=inputs[2]))
     unet.register_forward_pre_hook(lambda _m, inputs: given.update(target=inputs[2]))
-    target_stage(recipe, tail(), source, unet, CPU).loss(0)
+    first_loss(target_stage(recipe, tail(), source, unet, CPU))
     assert set(given["target"].tolist()) == {0, 1, 2, 3}
     assert torch.equal(given["source"], torch.where(given["target"] == 0, 0, 4))
 
@@ -252,9 +282,10 @@ def test_a_warm_prototype_is_its_classs_mean_feature_of_unit_length(recipe: Reci
     warm_start(guide, recipe, data, CPU)
     schedule = training_schedule(recipe, CPU)
     for k, members in enumerate(by_class(data.train.labels, 4)):
-        batch = draw(data.train, members, recipe.guide, schedule, recipe.seed, "guide/warm-start", k)
+        batch = draw(data.train, members, recipe.guide, recipe.seed, "guide/warm-start", k)
+        at = noised(schedule, batch, (batch.u * 1000).long())
         with torch.no_grad():
-            mean = guide(batch.x, batch.j).double().mean(0)
+            mean = guide(at.x, at.j).double().mean(0)
         torch.testing.assert_close(guide.prototypes[k].double(), mean / mean.norm(), rtol=1e-4, atol=1e-6)
 
 

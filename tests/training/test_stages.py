@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,16 @@ class Killed(BaseException):
 def test_a_run_killed_in_any_stage_ends_bit_equal_to_the_tiny_run(
     stage: str, step: int, tiny_run: Path, data: LongTail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop._Trainer.step
+    real = loop.Trainer.step
 
-    def killed(self: Any, now: int, seed: int) -> Any:
+    def killed(self: Any, now: int, batch: Any) -> Any:
         if (self.stage.name, now) == (stage, step):
             raise Killed
-        return real(self, now, seed)
+        return real(self, now, batch)
 
     run = store.create_run(tmp_path / "run", store.open_run(tiny_run).recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "step", killed)
+        patch.setattr(loop.Trainer, "step", killed)
         with pytest.raises(Killed):
             train_run(run, data, CPU)
     torch.manual_seed(99)  # the state of torch's own generator plays no part
@@ -179,7 +180,7 @@ def test_a_loss_that_stays_not_finite_leaves_no_checkpoint_and_its_cost_is_count
 
     def spoiled(*a: Any) -> Any:
         stage = real(*a)
-        return loop.Stage(stage.name, stage.settings, stage.model, lambda step: (stage.loss(step)[0] * float("nan"), {}))
+        return replace(stage, loss=lambda forward, batch: (stage.loss(forward, batch)[0] * float("nan"), {}), after_step=None)
 
     monkeypatch.setattr(stages, "source_stage", spoiled)
     run = store.create_run(tmp_path / "run", read(tiny_run / "recipe.toml", ("source.max_nonfinite_steps=2", "source.save_every_steps=1")))

@@ -132,6 +132,22 @@ def line_chart(
     return f'<div class="plot lines">{_svg("line", height, grid + plot + ends, describe)}</div>'
 
 
+def reliability(bins: Sequence[tuple[float, float, float]], describe: str = "", height_px: int = 120) -> str:
+    """Dots at (confidence, accuracy), both 0..1, with their way to the diagonal, where a calibrated model has them.
+
+    Args:
+        bins: confidence, accuracy and share of the images, which is the dot's area.
+    """
+    marks = f'<line class="grid" x1="0" x2="100%" y1="{height_px}" y2="{height_px}"/><line class="grid" x1="0" x2="100%" y1="0" y2="0"/>'
+    marks += f'<line class="zero" x1="0" x2="100%" y1="{height_px}" y2="0"/>'
+    for confidence, accuracy, share in bins:
+        x, y, ideal = f"{100 * confidence:.2f}%", f"{height_px * (1 - accuracy):.2f}", f"{height_px * (1 - confidence):.2f}"
+        title = f"{100 * share:.0f} % of the images: {100 * confidence:.0f} % sure, {100 * accuracy:.0f} % right"
+        marks += f'<line class="way c1" x1="{x}" x2="{x}" y1="{ideal}" y2="{y}"/>'
+        marks += f'<circle class="c0" cx="{x}" cy="{y}" r="{2.5 + 7 * math.sqrt(share):.2f}"><title>{title}</title></circle>'
+    return _svg("reliability", height_px, marks, describe)
+
+
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round values from `low` to `high`, both finite, low < high: steps of 1, 2 or 5 times a power of ten."""
     if not high > low:

@@ -17,6 +17,7 @@ from engines.evaluation import charts
 from engines.evaluation.accuracy import COLUMNS, TITLES
 from engines.evaluation.charts import Part, Series
 from engines.store import RunFolder
+from engines.training.calibration_picture import diagram_levels
 
 STAGES = ("source", "target", "guide")
 STAGE_WORDS = {
@@ -306,7 +307,43 @@ def _guide(parts: Parts) -> str:
         describe="Accuracy of the guide over noise levels",
     )
     words = "How often the guide names the right class of a noised image, by timestep: it can only guide where it sees. Dashed: guessing."
-    return _section("Where the guide sees", f"<p>{words}</p>{_curve_legend(series)}{chart}")
+    judged = "test" if "test" in parts.guide else next(iter(parts.guide))
+    judge, style = parts.guide[judged], f"c{list(parts.guide).index(judged)}"
+    if "ece" not in judge:  # a run from before calibration was measured
+        return _section("Where the guide sees", f"<p>{words}</p>{_curve_legend(series)}{chart}")
+    figures = f"<figure><h3>How often it is right</h3>{_curve_legend(series)}{chart}</figure>{_sureness(judge, judged, style)}"
+    return _section("Where the guide sees", f'<p>{words}</p><div class="charts">{figures}</div>{_reliability(judge, judged)}')
+
+
+def _sureness(judge: Mapping[str, Any], images: str, style: str) -> str:
+    """Confidence beside accuracy over t: where they part, the guide's gradient says more than it knows."""
+    curves = ((f"accuracy on {images} images", style, "accuracy"), ("confidence", "c3", "confidence"), ("calibration error", "c5", "ece"))
+    series = [Series(name, color, [(t, 100 * v) for t, v in zip(judge["t"], judge[key], strict=True)]) for name, color, key in curves]
+    chart = charts.line_chart(
+        series, "timestep t", bounds=(0, 100), unit="%", describe="Confidence and calibration error of the guide over noise levels"
+    )
+    return f"<figure><h3>How sure it is</h3>{_curve_legend(series)}{chart}</figure>"
+
+
+def _reliability(judge: Mapping[str, Any], images: str) -> str:
+    """Diagrams at a few noise levels, and every level in a table."""
+    diagrams, rows = "", ""
+    for i in diagram_levels(judge["t"]):
+        describe = f"Reliability of the guide at t = {judge['t'][i]}"
+        words = f"t = {judge['t'][i]}, ECE {100 * judge['ece'][i]:.1f} %"
+        diagrams += f"<figure>{charts.reliability(judge['bins'][i], describe)}<figcaption>{words}</figcaption></figure>"
+    for t, *shares, nll in zip(judge["t"], judge["accuracy"], judge["confidence"], judge["ece"], judge["nll"], strict=True):
+        rows += f"<tr><th>{t}</th>{''.join(f'<td>{100 * share:.1f} %</td>' for share in shares)}<td>{nll:.2f}</td></tr>"
+    note = (
+        f"Accuracy (up) against confidence (right) of {judge['images']:,} {_text(images)} images: on the line the guide is as often "
+        "right as it says, below it is too sure. A dot's area is its share of the images. The calibration error is the mean "
+        "distance from the line (ECE, 15 bins, every class weighs alike); of so few images some points of it are chance."
+    )
+    table = _table(("t", "Accuracy", "Confidence", "ECE", "NLL, nats"), rows)
+    return (
+        f'<h3>As sure as it should be?</h3><div class="diagrams">{diagrams}</div><p class="note">{note}</p>'
+        f"<details><summary>Every noise level</summary>{table}</details>"
+    )
 
 
 def _cost(parts: Parts) -> str:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from engines.evaluation.charts import Part, Series, columns, dumbbell, interval_mark, line_chart, nice_ticks, stacked_bar
+from engines.evaluation.charts import Part, Series, columns, dumbbell, interval_mark, line_chart, nice_ticks, reliability, stacked_bar
 
 
 def attributes(svg: str, tag: str, name: str) -> list[float]:
@@ -65,3 +65,13 @@ def test_titles_are_escaped() -> None:
     bar = stacked_bar([Part(1, 'a"b', "<script>&")], largest=1)
     assert "<script>" not in bar
     assert next(e.text for e in ElementTree.fromstring(bar).iter("title")) == "<script>&"
+
+
+def test_a_calibrated_bin_lies_on_the_diagonal_and_a_vain_one_below_it() -> None:
+    chart = reliability([(0.5, 0.5, 0.25), (1.0, 0.25, 0.75)], height_px=100)
+    assert attributes(chart, "circle", "cx") == [50, 100]
+    assert attributes(chart, "circle", "cy") == [50, 75]
+    ways = [e for e in ElementTree.fromstring(chart).iter("line") if "way" in e.attrib["class"]]
+    assert [(float(e.attrib["y1"]), float(e.attrib["y2"])) for e in ways] == [(50, 50), (0, 75)]
+    small, large = (radius - 2.5 for radius in attributes(chart, "circle", "r"))
+    assert (large / small) ** 2 == pytest.approx(3, abs=0.02)

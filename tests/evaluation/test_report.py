@@ -143,6 +143,24 @@ def test_a_run_that_was_not_evaluated_says_what_to_type() -> None:
     assert "diffrc train" in page.text
 
 
+def test_the_guides_calibration_is_shown_as_curves_diagrams_and_a_table_of_the_test_images() -> None:
+    levels = [0, 333, 666, 999]
+    calibrated = {
+        "images": 300,
+        "t": levels,
+        "accuracy": [0.9, 0.8, 0.5, 0.1],
+        "confidence": [0.92, 0.7, 0.6, 0.4],
+        "ece": [0.021, 0.1, 0.1, 0.3],
+        "nll": [0.31, 0.6, 1.2, 2.3],
+        "bins": [[[0.92, 0.9, 1.0]]] * 4,
+    }
+    page = Page(render(Parts("demo", guide={"train": {**calibrated, "nll": [9.99] * 4}, "test": calibrated})))
+    assert page.tags.count("circle") == 3  # a diagram each, but for the last level: nothing left to see
+    for words in ("300 test images", "t = 333, ECE 10.0 %", "92.0 %", "0.31"):
+        assert words in page.text, words
+    assert "9.99" not in page.text
+
+
 def test_hundreds_of_classes_are_columns_and_a_gap_and_not_a_mile_of_rows() -> None:
     page = Page(render(full(tuple(f"class {k}" for k in range(200)))))
     assert "170 more classes between" in page.text

@@ -1,4 +1,4 @@
-"""Samplers: ancestral DDPM (the paper's, Eq. 13), DDIM, DPM-Solver++(2M). They know a denoiser, a guidance and noise; no files, no guide."""
+"""Samplers: ancestral DDPM (the paper's, Eq. 13), DDIM and DPM-Solver++(2M). They know a denoiser, a guidance and noise, no files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engines.diffusion.schedule import Schedule, learned_range_log_variance, posterior_mean, predict_eps, predict_x0
+from engines.diffusion.schedule import Schedule, at_positions, learned_range_log_variance, posterior_mean, predict_eps, predict_x0
 
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
 
@@ -38,12 +38,12 @@ class StepLog(NamedTuple):
     """Figures of one step, means over the batch, 0 where guidance is off.
 
     Scalars on the sampler's device: read them after the last step, since reading one waits for the device.
+    The ratio of ddpm is that of the two terms of Eq. 13, 0 at the last step, which adds no noise; the others' is that of
+    sqrt(1 - abar_t) s grad* to the eps from which it is subtracted.
     """
 
     t: int
-    guidance_to_noise: (
-        Tensor  # ||guidance|| / ||noise|| of an image; ddpm: as both enter x_{t-1}, 0 where no noise does; else as both enter eps
-    )
+    guidance_to_noise: Tensor  # ||guidance|| / ||noise||
     scale: Tensor
     log_prob: Tensor
 
@@ -82,18 +82,18 @@ def sample(
         gradient = push.gradient if push else torch.zeros_like(x)
         z = noise(step) if draws and position else torch.zeros_like(x)  # the last step adds none
         if sampler == "ddpm":
-            x, guided, size = ddpm_step(schedule, x, j, output, gradient, z, step_unit, clip_denoised)
+            x, guided, random = ddpm_step(schedule, x, j, output, gradient, z, step_unit, clip_denoised)
         else:
-            size = output[:, :channels]
-            guided = -(1 - schedule.alphas_cumprod[j].view(-1, 1, 1, 1)).sqrt() * gradient
-            x0 = clipped(predict_x0(schedule, x, j, size + guided), clip_denoised)
+            random = output[:, :channels]  # eps
+            guided = -at_positions(schedule.noise_variance, j).sqrt() * gradient
+            x0 = clipped(predict_x0(schedule, x, j, random + guided), clip_denoised)
             if sampler == "ddim":
                 x = ddim_step(schedule, x, j, x0, z, eta)
             else:
                 x = dpmpp_2m_step(schedule, x, j, x0, x0_before if position else None)
             x0_before = x0
         if log:
-            log(_figures(timesteps[position], guided, size, push))
+            log(_figures(timesteps[position], guided, random, push))
     return clipped(x, clip_denoised)
 
 
@@ -121,7 +121,7 @@ def ddpm_step(
     if output.shape[1] == 2 * channels:
         variance = learned_range_log_variance(schedule, output[:, channels:], j).exp()
     else:
-        variance = schedule.posterior_log_variance_clipped[j].exp().view(-1, 1, 1, 1)
+        variance = at_positions(schedule.posterior_log_variance_clipped, j).exp()
     sigma = variance.sqrt()
     guided = (sigma if step_unit == "sigma" else variance) * gradient
     random = sigma * z
@@ -133,19 +133,22 @@ def ddim_step(schedule: Schedule, x: Tensor, j: Tensor, x0: Tensor, z: Tensor, e
 
     eps is what x_t holds beside x0, so it follows where x0 was clipped.
     """
-    previous = schedule.alphas_cumprod_prev[j].view(-1, 1, 1, 1)
-    sigma = eta * schedule.posterior_variance[j].sqrt().view(-1, 1, 1, 1)
+    previous = at_positions(schedule.alphas_cumprod_prev, j)
+    variance = eta**2 * at_positions(schedule.posterior_variance, j)
     eps = predict_eps(schedule, x, j, x0)
-    return previous.sqrt() * x0 + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps + sigma * z
+    left = (at_positions(schedule.noise_variance_prev, j) - variance).clamp(
+        min=0
+    )  # 0 but for rounding, where eta = 1 and abar falls steeply
+    return previous.sqrt() * x0 + left.sqrt() * eps + variance.sqrt() * z
 
 
 def dpmpp_2m_step(schedule: Schedule, x: Tensor, j: Tensor, x0: Tensor, x0_before: Tensor | None) -> Tensor:
     """DPM-Solver++(2M), data prediction (Lu et al. 2022): the step of DDIM to x0 carried on along its change since the last step.
 
-        D = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_{t+1}) / (lambda_{t-1} - lambda_t),   lambda = log(sqrt(abar) / sqrt(1 - abar))
+        D = x0 + (x0 - x0_before) / (2 r),   r = (lambda_t - lambda_{t+1}) / (lambda_{t-1} - lambda_t)
 
-    In their form (sigma_{t-1} / sigma_t) x_t - alpha_{t-1} (exp(-h) - 1) D, which is DDIM's with D for x0, since
-    exp(-h) = alpha_t sigma_{t-1} / (sigma_t alpha_{t-1}).
+    They write (sigma_{t-1} / sigma_t) x_t - alpha_{t-1} (exp(-h) - 1) D with h = lambda_{t-1} - lambda_t, which is the step of DDIM
+    with D for x0, since exp(-h) = alpha_t sigma_{t-1} / (sigma_t alpha_{t-1}).
 
     Args:
         x0_before: of the step before, or None for a step of first order, which is DDIM's. So are the first one, which has no past, and
@@ -154,16 +157,11 @@ def dpmpp_2m_step(schedule: Schedule, x: Tensor, j: Tensor, x0: Tensor, x0_befor
     no_noise = torch.zeros_like(x)
     if x0_before is None:
         return ddim_step(schedule, x, j, x0, no_noise)
-    before, now, after = (
-        half_log_snr(abar) for abar in (schedule.alphas_cumprod[j + 1], schedule.alphas_cumprod[j], schedule.alphas_cumprod_prev[j])
-    )
-    r = ((now - before) / (after - now)).view(-1, 1, 1, 1)
+    snr = schedule.alphas_cumprod / schedule.noise_variance
+    before, now = (at_positions(snr, at).log() for at in (j + 1, j))
+    after = (at_positions(schedule.alphas_cumprod_prev, j) / at_positions(schedule.noise_variance_prev, j)).log()
+    r = (now - before) / (after - now)  # of logarithms that are 2 lambda
     return ddim_step(schedule, x, j, x0 + (x0 - x0_before) / (2 * r), no_noise)
-
-
-def half_log_snr(abar: Tensor) -> Tensor:
-    """lambda = log(sqrt(abar) / sqrt(1 - abar))."""
-    return 0.5 * (abar / (1 - abar)).log()
 
 
 def clipped(x0: Tensor, clip_denoised: bool) -> Tensor:
@@ -171,9 +169,9 @@ def clipped(x0: Tensor, clip_denoised: bool) -> Tensor:
     return x0.clamp(-1, 1) if clip_denoised else x0
 
 
-def _figures(t: int, guided: Tensor, size: Tensor, push: Push | None) -> StepLog:
+def _figures(t: int, guided: Tensor, random: Tensor, push: Push | None) -> StepLog:
     if push is None:
         return StepLog(t, *torch.zeros(3, device=guided.device).unbind())
-    noise = size.flatten(1).norm(dim=1)
+    noise = random.flatten(1).norm(dim=1)
     ratio = torch.where(noise > 0, guided.flatten(1).norm(dim=1) / noise.clamp(min=1e-12), 0.0)
     return StepLog(t, ratio.mean(), push.scale.mean(), push.log_prob.mean())

@@ -25,6 +25,8 @@ class Schedule:
     betas: Tensor
     alphas_cumprod: Tensor  # abar
     alphas_cumprod_prev: Tensor
+    noise_variance: Tensor  # 1 - abar; in float32 the difference itself loses four digits at small t
+    noise_variance_prev: Tensor
     posterior_variance: Tensor  # beta~ of q(x_{t-1} | x_t, x_0)
     posterior_log_variance_clipped: Tensor  # position 0 takes the value of position 1, where beta~ would be 0
     posterior_mean_coef1: Tensor  # of x_0
@@ -79,25 +81,22 @@ def q_sample(schedule: Schedule, x0: Tensor, j: Tensor, noise: Tensor) -> Tensor
     Args:
         x0: (B, C, H, W) in [-1, 1].  j: (B,) int64 positions.  noise: (B, C, H, W) standard normal.
     """
-    abar = _at(schedule.alphas_cumprod, j)
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    return at_positions(schedule.alphas_cumprod, j).sqrt() * x0 + at_positions(schedule.noise_variance, j).sqrt() * noise
 
 
 def predict_x0(schedule: Schedule, x: Tensor, j: Tensor, eps: Tensor) -> Tensor:
     """x0~ = x_t / sqrt(abar_t) - sqrt(1 - abar_t) / sqrt(abar_t) z_theta, Eq. 6, in float32 whatever eps was computed in."""
-    abar = _at(schedule.alphas_cumprod, j)
-    return (x.float() - (1 - abar).sqrt() * eps.float()) / abar.sqrt()
+    return (x.float() - at_positions(schedule.noise_variance, j).sqrt() * eps.float()) / at_positions(schedule.alphas_cumprod, j).sqrt()
 
 
 def predict_eps(schedule: Schedule, x: Tensor, j: Tensor, x0: Tensor) -> Tensor:
     """z of Eq. 2, the inverse of `predict_x0`."""
-    abar = _at(schedule.alphas_cumprod, j)
-    return (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+    return (x - at_positions(schedule.alphas_cumprod, j).sqrt() * x0) / at_positions(schedule.noise_variance, j).sqrt()
 
 
 def posterior_mean(schedule: Schedule, x0: Tensor, x: Tensor, j: Tensor) -> Tensor:
     """Mean of q(x_{t-1} | x_t, x_0), (B, C, H, W)."""
-    return _at(schedule.posterior_mean_coef1, j) * x0 + _at(schedule.posterior_mean_coef2, j) * x
+    return at_positions(schedule.posterior_mean_coef1, j) * x0 + at_positions(schedule.posterior_mean_coef2, j) * x
 
 
 def learned_range_log_variance(schedule: Schedule, values: Tensor, j: Tensor) -> Tensor:
@@ -106,13 +105,14 @@ def learned_range_log_variance(schedule: Schedule, values: Tensor, j: Tensor) ->
     Args:
         values: (B, C, H, W), the second half of the network's output.
     """
-    low = _at(schedule.posterior_log_variance_clipped, j)
-    high = _at(schedule.betas, j).log()
+    low = at_positions(schedule.posterior_log_variance_clipped, j)
+    high = at_positions(schedule.betas, j).log()
     fraction = (values.float() + 1) / 2
     return fraction * high + (1 - fraction) * low
 
 
-def _at(table: Tensor, j: Tensor) -> Tensor:
+def at_positions(table: Tensor, j: Tensor) -> Tensor:
+    """A table's values at j (B,), as (B, 1, 1, 1)."""
     return table[j].view(-1, 1, 1, 1)
 
 
@@ -126,6 +126,8 @@ def _tables(betas: Tensor, timesteps: Tensor) -> Schedule:
         betas=betas.float(),
         alphas_cumprod=abar.float(),
         alphas_cumprod_prev=previous.float(),
+        noise_variance=(1 - abar).float(),
+        noise_variance_prev=(1 - previous).float(),
         posterior_variance=variance.float(),
         posterior_log_variance_clipped=clipped.log().float(),
         posterior_mean_coef1=(betas * previous.sqrt() / (1 - abar)).float(),

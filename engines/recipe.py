@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from engines.diffusion.respacing import spaced_timesteps
 from engines.errors import UsageError
@@ -39,6 +39,12 @@ def _steps(value: object) -> int | str:
 
 
 Steps = Annotated[int | str, PlainValidator(_steps)]
+
+
+def _group_size(value: int) -> int:
+    if value < 3:
+        raise ValueError("should be 3 or more (of two images a row of Eq. 7 has one entry, and the loss is 0 whatever they are)")
+    return value
 
 
 class Section(BaseModel):
@@ -137,7 +143,7 @@ class TargetSection(StageSection):
 
     train_steps: Count = 20_000
     warmup_steps: CountOrZero = 500
-    group_size: Annotated[int, Field(ge=3, le=1024)] = 4  # M; with two images Eq. 7 is constant
+    group_size: Annotated[int, AfterValidator(_group_size), Field(le=1024)] = 4  # M
     adapt_on: Literal["medium+few", "all"] = "medium+few"  # classes over which L_base runs
     class_sampling: Literal["natural", "balanced", "sqrt"] = "balanced"  # which class the next group of M comes from
     gamma: NonNegative = 0.1  # Eq. 8

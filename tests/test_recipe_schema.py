@@ -210,7 +210,7 @@ def test_mistakes_across_keys_are_told_at_once_too() -> None:
         (["guide.num_head_channels=128", "guide.attention_resolutions=[32]"], "does not divide the 64 channels at 32 px"),
         (["data.few_below=102"], "data.few_below 102 overlaps"),
         (["target.batch_size=62"], "batch_size 62 is not a multiple of group_size 4"),
-        (["target.group_size=2"], "target.group_size"),
+        (["target.group_size=2"], "target.group_size: should be 3 or more (of two images a row of Eq. 7 has one entry"),
         (["source.accumulate=3"], "batch_size 64 is not a multiple of accumulate 3"),
         (["target.accumulate=32"], "batch_size 64 / accumulate 32 is not a multiple of group_size 4"),
         (["target.patience=3"], "patience needs a holdout_fraction"),

@@ -426,7 +426,9 @@ def _differs(key: str, value: Any, allowed: Sequence[Any]) -> str:
 
 def _word(value: Any) -> str:
     """As JSON has it, strings without quotes."""
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _mistakes(error: ValidationError) -> str:

@@ -57,7 +57,7 @@ class WeightsCard(BaseModel):
         return self.out_channels == 2 * self.architecture.in_channels
 
 
-def save(path: Path, weights: Mapping[str, Tensor], card: WeightsCard) -> None:
+def write(path: Path, weights: Mapping[str, Tensor], card: WeightsCard) -> None:
     """Commit a U-Net's weights in float32, with the card in the header.
 
     Args:
@@ -147,7 +147,7 @@ def recipe_table(card: WeightsCard) -> dict[str, dict[str, Any]]:
     """
     a = card.architecture
     table: dict[str, dict[str, Any]] = {"data": {"image_size_px": a.image_size_px, "image_channels": a.in_channels}}
-    table["unet"] = {key.partition(".")[2]: getattr(a, field) for field, key in KEYS.items() if key.startswith("unet.")}
+    table["unet"] = {key.partition(".")[2]: _setting(a, field) for field, key in KEYS.items() if key.startswith("unet.")}
     table["unet"] |= {"attention_resolutions": a.attention_resolutions, "learn_sigma": card.learn_sigma, "class_cond": bool(card.classes)}
     table["unet"] |= {"num_heads": a.num_heads} if a.num_heads else {"num_head_channels": a.num_head_channels}
     table["unet"] |= {} if a.resblock_updown else {"conv_resample": a.conv_resample}
@@ -168,7 +168,7 @@ def toml_value(value: Any) -> str:
 def _mismatches(card: WeightsCard, unet: UNet, diffusion: DiffusionSection | None) -> list[str]:
     """The recipe keys that keep a network from taking a file's weights, with both values."""
     theirs, ours = card.architecture, unet.architecture
-    pairs = {key: (getattr(theirs, field), getattr(ours, field)) for field, key in KEYS.items()}
+    pairs = {key: (_setting(theirs, field), _setting(ours, field)) for field, key in KEYS.items()}
     if _attention_levels(theirs) != _attention_levels(ours):
         same_levels = tuple(ours.image_size_px // 2**level for level in _attention_levels(theirs))
         pairs["unet.attention_resolutions"] = (same_levels, ours.attention_resolutions)
@@ -209,6 +209,12 @@ def _label_table(rows: Tensor, card: WeightsCard, wanted: int) -> Tensor:
     if card.classes != wanted - 1:
         return mean.expand(wanted, -1)
     return rows if card.null_label else torch.cat([rows, mean])
+
+
+def _setting(a: Architecture, field: str) -> Any:
+    """A part of an architecture as a recipe writes it: whole multipliers without a point."""
+    value = getattr(a, field)
+    return tuple(int(mult) if mult == int(mult) else mult for mult in value) if field == "channel_mult" else value
 
 
 def _attention_levels(a: Architecture) -> list[int]:

@@ -41,6 +41,17 @@ def _steps(value: object) -> int | str:
 Steps = Annotated[int | str, PlainValidator(_steps)]
 
 
+def _multiple(value: object) -> int | float:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**9:
+        return value
+    if isinstance(value, float) and 0 < value < 10**9 and value % 1 == 0.5:
+        return value
+    raise ValueError("should be a whole number from 1, or a half such as 0.5 or 1.5")
+
+
+Multiple = Annotated[int | float, PlainValidator(_multiple)]
+
+
 def _group_size(value: int) -> int:
     if value < 3:
         raise ValueError("should be 3 or more (of two images a row of Eq. 7 has one entry, and the loss is 0 whatever they are)")
@@ -77,7 +88,7 @@ class UNetSection(Section):
     """The ADM U-Net (Dhariwal & Nichol 2021); names are those of the published configurations."""
 
     model_channels: Count = 128
-    channel_mult: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
+    channel_mult: Annotated[tuple[Multiple, ...], Field(min_length=1)] = (1, 2, 2, 2)
     num_res_blocks: Count = 2
     attention_resolutions: tuple[Count, ...] = (16,)  # px at which self-attention stands
     num_head_channels: Count = 64
@@ -174,7 +185,7 @@ class GuideSection(StageSection):
     warmup_steps: CountOrZero = 500
     weight_decay: NonNegative = 0.05
     model_channels: Count = 64
-    channel_mult: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2)
+    channel_mult: Annotated[tuple[Multiple, ...], Field(min_length=1)] = (1, 2, 2)
     num_res_blocks: Count = 1
     attention_resolutions: tuple[Count, ...] = (8,)
     num_head_channels: Count = 64
@@ -313,7 +324,9 @@ def _network_mistakes(section: str, network: UNetSection | GuideSection, data: D
     ]
     for level, (size, mult) in enumerate(zip(sizes, network.channel_mult, strict=True)):
         attends = size in network.attention_resolutions or level == levels - 1  # the middle block, of the last width, always does
-        width, heads = mult * network.model_channels, network.num_heads if isinstance(network, UNetSection) else 0
+        width, heads = int(mult * network.model_channels), network.num_heads if isinstance(network, UNetSection) else 0
+        if width != mult * network.model_channels:
+            mistakes.append(f"{section}.model_channels {network.model_channels} times {mult} is no whole number ({section}.channel_mult)")
         key, divisor = ("num_heads", heads) if heads else ("num_head_channels", network.num_head_channels)
         if attends and width % divisor:
             mistakes.append(f"{section}.{key} {divisor} does not divide the {width} channels at {size} px")

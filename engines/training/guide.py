@@ -14,6 +14,7 @@ from engines.data.longtail import LongTail
 from engines.diffusion.losses import prototype_contrastive_loss, update_prototypes
 from engines.diffusion.timesteps import TimestepSampler
 from engines.networks.guide import Guide
+from engines.networks.unet import UNet
 from engines.recipe import Recipe
 from engines.training.diffusion import architecture, draw, noised, training_schedule
 from engines.training.loop import Figures, Forward, Stage
@@ -25,6 +26,19 @@ def build_guide(recipe: Recipe, class_counts: Indices) -> Guide:
     """The recipe's guide with unit prototypes that mean nothing yet."""
     s = recipe.guide
     return Guide(architecture(recipe, s), torch.from_numpy(class_counts), s.embedding_dim, s.tau, s.class_prior)
+
+
+def take_encoder(guide: Guide, unet: UNet) -> int:
+    """Start a guide with a U-Net's weights, where a tensor of its encoder half has equal name and shape there.
+
+    Returns: how many tensors were taken; what is left of the encoder, its head, keeps its own start.
+    """
+    halves = ("time_embed.", "input_blocks.", "middle_block.")
+    theirs = {name: value for name, value in unet.state_dict().items() if name.startswith(halves)}
+    ours = guide.encoder.state_dict()
+    taken = {name: theirs[name] for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape}
+    guide.encoder.load_state_dict(taken, strict=False)
+    return len(taken)
 
 
 def guide_stage(recipe: Recipe, data: LongTail, guide: Guide, device: torch.device) -> Stage:

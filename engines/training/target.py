@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from engines.diffusion.timesteps import TimestepSampler
 from engines.networks.unet import UNet
 from engines.recipe import Recipe
 from engines.training.diffusion import diffusion_loss, draw, noised, preview, training_schedule, visible_labels
+from engines.training.holdout import held_out_loss, split
 from engines.training.loop import Figures, Forward, Stage
 from engines.training.source import masked_counts
 
@@ -28,7 +30,8 @@ def target_stage(recipe: Recipe, data: LongTail, source: UNet, unet: UNet, devic
     settings, schedule = recipe.target, training_schedule(recipe, device)
     m, channels = settings.group_size, recipe.data.image_channels
     classes = data.classes_of("medium", "few") if settings.adapt_on == "medium+few" else data.classes_of("many", "medium", "few")
-    members = by_class(data.train.labels, len(data.counts))
+    held = split(data.train.labels, classes, settings.holdout_fraction, recipe.seed)
+    members = [np.setdiff1d(of_class, held) for of_class in by_class(data.train.labels, len(data.counts))]
     probabilities = class_probabilities(masked_counts(data, classes), settings.class_sampling)
     counts = torch.from_numpy(data.counts).to(device)
     is_tail = torch.tensor([group != "many" for group in data.groups], device=device)
@@ -84,4 +87,20 @@ def target_stage(recipe: Recipe, data: LongTail, source: UNet, unet: UNet, devic
     def samples(_model: nn.Module, _step: int) -> Tensor:
         return preview(unet, schedule, torch.from_numpy(classes) if unet.classes else None, recipe.seed)
 
-    return Stage("target", settings, unet, batch, loss, after_step=remember, sample=samples, state=sampler)
+    def held_out(model: nn.Module) -> Mapping[str, float]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            return held_out_loss(model, data.train, held, data.groups, schedule, recipe.seed, conditional=bool(unet.classes))
+
+    return Stage(
+        "target",
+        settings,
+        unet,
+        batch,
+        loss,
+        after_step=remember,
+        sample=samples,
+        held_out=held_out if len(held) else None,
+        held_out_every_steps=settings.holdout_every_steps,
+        patience=settings.patience,
+        state=sampler,
+    )

@@ -33,11 +33,12 @@ class Trainer:
         settings = stage.settings
         self.model = stage.model.to(device)
         self.forward = world.wrap(self.model)
+        self.state = stage.state.to(device) if stage.state else nn.Module()
+        self.buffers = [*self.model.buffers(), *self.state.buffers()]
+        world.share(self.buffers)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = GuardedAdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self.state = stage.state.to(device) if stage.state else nn.Module()
-        self.buffers = [*self.model.buffers(), *self.state.buffers()]
         self.skips = Skips(device)
         self.best: dict[str, Tensor] = {}  # EMA weights of the lowest held-out figure
         self.best_value, self.best_step, self.misses = math.inf, 0, 0
@@ -159,13 +160,16 @@ class Trainer:
         return Checkpoint(done, groups, state | dict(self.stage.identity))
 
     def load(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint of this stage."""
-        self.model.load_state_dict(dict(found.groups["model"]))
-        self.state.load_state_dict(dict(found.groups.get("state", {})))
-        self.ema = {name: value.to(self.device) for name, value in found.groups["ema"].items()}
-        self.best = {name: value.to(self.device) for name, value in found.groups.get("best", {}).items()}
+        """Go on from a checkpoint of this stage. Raises DataError where its tensors are not those of this stage's networks."""
+        network = self.model.state_dict()
+        self.model.load_state_dict(found.fitting("model", network))
+        self.state.load_state_dict(found.fitting("state", self.state.state_dict()))
+        self.ema = {name: value.to(self.device) for name, value in found.fitting("ema", network).items()}
+        best = found.fitting("best", network) if found.groups.get("best") else {}
+        self.best = {name: value.to(self.device) for name, value in best.items()}
         optimizer = self.optimizer.state_dict()
-        for key, value in found.groups.get("optimizer", {}).items():
+        moments = found.fitting("optimizer", self._moments()) if found.groups.get("optimizer") else {}  # none before the first step
+        for key, value in moments.items():
             index, name = key.split(".", 1)
             optimizer["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
@@ -177,6 +181,11 @@ class Trainer:
             self.best_value, self.best_step = float(state["best_held_out"]), int(state["best_step"])
             self.misses = int(state["evaluations_since_best"])
         self.stopped_at = state.get("stopped_at")
+
+    def _moments(self) -> dict[str, Tensor]:
+        """What AdamW keeps of each parameter, by the names that a checkpoint gives it."""
+        forms = [(f"{i}.{key}", p) for i, p in enumerate(self.parameters) for key in ("exp_avg", "exp_avg_sq")]
+        return dict(forms) | {f"{i}.step": torch.zeros(()) for i in range(len(self.parameters))}
 
 
 class GuardedAdamW(torch.optim.AdamW):

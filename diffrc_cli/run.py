@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffrc_cli import console
 from diffrc_cli.options import DataOption, DeviceOption, JsonOption, NewRunOption, RecipeArgument, SetOption
-from diffrc_cli.train import recipe_of_run
+from diffrc_cli.train import estimating, recipe_of_run
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
             images.preload(report)
         with store.locked(path):
             folder = store.create_run(path, settings)
-            train_run(folder, tail, where, report)
+            train_run(folder, tail, where, estimating(report), console.note)
             export_run(folder, (settings.synth.model,), report)
             made = fill_run(folder, tail, report)
             table = evaluate_run(folder, tail, report)

@@ -10,8 +10,14 @@ from diffrc_cli.options import DataOption, DeviceOption, JsonOption, NewRunOptio
 from diffrc_cli.recipe import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engines.progress import Report
     from engines.recipe import Recipe
     from engines.store import RunFolder
+
+MEASURED_STEPS = 10  # before a rate is believed: the first ones are slower
+LONG_SECONDS = 60.0  # a shorter stage needs no estimate
 
 
 def train(
@@ -37,7 +43,7 @@ def train(
         tail.train.preload(report)  # a damaged image is met before a folder is made
         with store.locked(path):
             folder = store.create_run(path, settings)
-            trained = train_run(folder, tail, where, report)
+            trained = train_run(folder, tail, where, estimating(report), console.note)
     if json:
         console.emit_json({"run": str(path), "trained_steps": trained})
         return
@@ -50,20 +56,45 @@ def train(
 def recipe_of_run(recipe: str | None, data: Path | None, run: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
     """The resolved recipe and the run folder of a command that trains.
 
-    Without a recipe, an existing run's own recipe counts; without a run, ./runs/<name of the recipe>.
-    Raises UsageError from `resolve`, ConflictError where the folder holds another run or other things.
+    Without a recipe, an existing run's own recipe counts; without a run, ./runs/<name of the recipe>; without a data set's path,
+    the one that the run was trained from. Raises UsageError from `resolve`, ConflictError where the folder holds a run on other
+    data or other things.
     """
-    from engines.recipe import validate
     from engines.store import DEFAULT_ROOT, stored_recipe
 
     stored = run / "recipe.toml" if run else None
     settings = resolve(str(stored) if recipe is None and stored and stored.exists() else recipe, overrides)
-    if data:
-        table = settings.model_dump(mode="json")
-        settings = validate({**table, "data": {**table["data"], "path": str(data.absolute())}})
+    settings = _with_data_path(settings, str(data.absolute()) if data else settings.data.path)
     path = run or DEFAULT_ROOT / settings.name
-    stored_recipe(path, settings)  # refused before any image is read, and before a lock file lies there
-    return settings, path
+    before = stored_recipe(path, settings)  # refused before any image is read, and before a lock file lies there
+    return _with_data_path(settings, settings.data.path or (before.data.path if before else "")), path
+
+
+def estimating(report: Report) -> Report:
+    """The report, and once a stage the time that the rest of it takes, as soon as its first steps have been measured."""
+    first: dict[str, int] = {}
+    told = set()
+
+    def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        measured = done - first.setdefault(what, done) >= MEASURED_STEPS and "seconds_left" in figures
+        if measured and what not in told:
+            told.add(what)
+            if figures["seconds_left"] >= LONG_SECONDS:
+                rate = figures["images_per_second"]
+                images = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+                console.note(f"{what}: {total:,} steps, about {console.duration(figures['seconds_left'])} at {images} images/s")
+        report(what, done, total, figures)
+
+    return hear
+
+
+def _with_data_path(recipe: Recipe, path: str) -> Recipe:
+    from engines.recipe import validate
+
+    if path == recipe.data.path:
+        return recipe
+    table = recipe.model_dump(mode="json")
+    return validate({**table, "data": {**table["data"], "path": path}})
 
 
 def _run_option(run: RunFolder) -> str:

@@ -15,7 +15,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -142,6 +142,19 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def move_folder(source: Path, destination: Path) -> None:
+    """Give a folder another place on the same disk, in one step: killed at any moment, it is at the one or at the other.
+
+    The destination must be free; its parent is made. Raises StorageError.
+    """
+    assert not destination.exists(), destination
+    with _storage_errors(destination, 0):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(destination)
+        _fsync_folder(destination.parent)
+        _fsync_folder(source.parent)
+
+
 @contextlib.contextmanager
 def _storage_errors(path: Path, size_bytes: int) -> Iterator[None]:
     try:
@@ -178,10 +191,23 @@ class Checkpoint:
     groups: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
     skipped: tuple[str, ...] = ()
+    path: Path | None = None  # where it was read from
+
+    def fitting(self, group: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A group that has exactly the names, shapes and types of `like`. Raises DataError naming its file and what differs."""
+        found = dict(self.groups.get(group, {}))
+        wrong = [name for name in dict.fromkeys((*like, *found)) if _form(found.get(name)) != _form(like.get(name))]
+        if not wrong:
+            return found
+        told = "; ".join(f"{name}: {_form(found.get(name))} there, {_form(like.get(name))} here" for name in wrong[:3])
+        more = f"; and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+        file = f"{self.path}/{group}.safetensors" if self.path else f"the checkpoint's {group}"
+        remedy = f"restore the file, or remove {self.path.parent} to train this stage again" if self.path else "train again"
+        raise DataError(f"{file} does not fit the network of this recipe ({told}{more})", remedy)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Commit `folder/step-<n>/` with one safetensors file a group, state.json, and a manifest of sha256 written last.
+    """Commit `folder/step-<n>/` with one safetensors file a group that holds any, state.json, and a manifest of sha256 written last.
 
     The folder gets its name only when everything in it is on the disk; then all but it and the one before are removed: older
     ones, half-built ones of a killed run, and newer ones, which were damaged, since training went on from before them.
@@ -189,7 +215,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     final = folder / f"step-{checkpoint.step:09d}"
     building = folder / f"step-{checkpoint.step:09d}.tmp"
-    files = {f"{name}.safetensors": _packed(final / name, group, None) for name, group in checkpoint.groups.items()}
+    groups = {name: group for name, group in checkpoint.groups.items() if group}  # safetensors cannot read back a file of no tensors
+    files = {f"{name}.safetensors": _packed(final / name, group, None) for name, group in groups.items()}
     files["state.json"] = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1, allow_nan=False).encode()
     manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
     with _storage_errors(final, sum(len(data) for data in files.values())):
@@ -208,9 +235,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint, not verified; 0 where there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in _checkpoint_folders(folder)), default=0)
+def newest_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Step and state of the newest checkpoint whose state.json can be read, not verified, without its tensors; None where there is none."""
+    for path in _checkpoint_folders(folder):
+        try:
+            state = json.loads((path / "state.json").read_bytes())
+            return int(state.pop("step")), state
+        except (OSError, KeyError, TypeError, AttributeError, ValueError):  # damaged: `load_checkpoint` passes over it as well, and says so
+            continue
+    return None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -224,12 +257,16 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 raise DataError(f"{path} does not match its manifest", "restore it")
             state = json.loads(data.pop("state.json"))
             groups = {Path(name).stem: tensors_from_bytes(raw) for name, raw in data.items()}
-            return Checkpoint(int(state.pop("step")), groups, state, tuple(skipped))
+            return Checkpoint(int(state.pop("step")), groups, state, tuple(skipped), path)
         except (DataError, OSError, KeyError, TypeError, AttributeError, ValueError, safetensors.SafetensorError):
             skipped.append(path.name)
     if skipped:
         raise DataError(f"every checkpoint in {folder} is damaged ({', '.join(skipped)})", f"remove {folder} to train this stage again")
     return None
+
+
+def _form(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
@@ -238,6 +275,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 
 # ----------------------------------------------------------------------------------------------------------- run folder
 
+STAGES = ("source", "target", "guide")
 _TRAINING_SECTIONS = ("seed", "data", "unet", "diffusion", "source", "target", "guide")
 _MAY_DIFFER = {"data.path", "data.on_bad_image"}  # where a data set lies is not what it is
 
@@ -296,9 +334,9 @@ class RunFolder:
 
 
 def create_run(path: Path, recipe: Recipe) -> RunFolder:
-    """Make a run folder, or open the one that holds the same training recipe.
+    """Make a run folder, or open the one that holds a run on the same data; the stored recipe follows.
 
-    Sections after training (export, synth, select, recognizer) may change from call to call; the stored recipe follows.
+    What was trained with other settings is stale from then on: `engines.training.reuse` sets it aside before training.
     Raises ConflictError as `stored_recipe`, StorageError.
     """
     before = stored_recipe(path, recipe)
@@ -313,12 +351,14 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
 def stored_recipe(path: Path, recipe: Recipe) -> Recipe | None:
     """The recipe of the run in a folder, None where there is no run yet. Writes nothing, so it may be asked before the folder is locked.
 
-    Raises ConflictError naming the keys in which its training differs from `recipe`'s, or where the folder holds other things.
+    Raises ConflictError naming the keys in which its data differ from `recipe`'s, or where the folder holds other things.
+    Stages whose checkpoints do not say what they were made of (older ones) are held to every key of training.
     """
     stored = path / "recipe.toml"
     if stored.exists():
         before = recipes.read(stored)
-        changed = _training_changes(before, recipe)
+        older = any("made_of" not in found[1] for stage in STAGES if (found := newest_state(path / stage)))
+        changed = _changes(before, recipe, _TRAINING_SECTIONS if older else ("data",))
         if changed:
             raise ConflictError(f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run")
         return before
@@ -339,19 +379,19 @@ def open_run(path: Path | None, overrides: tuple[str, ...] = (), root: Path = DE
     if not (path / "recipe.toml").exists():
         raise UsageError(f"{path} is not a run folder", "diffrc train makes one; --run names it")
     recipe = recipes.read(path / "recipe.toml", overrides)
-    if overrides and (changed := _training_changes(recipes.read(path / "recipe.toml"), recipe)):
+    if overrides and (changed := _changes(recipes.read(path / "recipe.toml"), recipe, _TRAINING_SECTIONS)):
         raise UsageError(
-            f"{path} was trained with other settings ({'; '.join(changed[:4])})", "diffrc train --run NEW --set ... trains with these"
+            f"{path} was trained with other settings ({'; '.join(changed[:4])})", f"diffrc train --run {path} --set ... trains with these"
         )
     return RunFolder(path, recipe)
 
 
-def _training_changes(before: Recipe, now: Recipe) -> list[str]:
-    """The settings of training in which two recipes differ, for messages."""
+def _changes(before: Recipe, now: Recipe, sections: Sequence[str]) -> list[str]:
+    """The settings of some sections in which two recipes differ, for messages."""
     return [
         f"{key} = {old} there, {new} now"
         for key, old, new in recipes.differences(before, now)
-        if key.split(".")[0] in _TRAINING_SECTIONS and key not in _MAY_DIFFER
+        if key.split(".")[0] in sections and key not in _MAY_DIFFER
     ]
 
 

@@ -193,7 +193,7 @@ def test_a_disk_too_small_is_refused_before_work_starts_even_where_the_folder_is
 
 def test_a_checkpoint_comes_back_and_the_last_two_are_kept(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
-    assert store.newest_step(tmp_path) == 0
+    assert store.newest_state(tmp_path) is None
     for step in (1, 5, 10):
         save_checkpoint(tmp_path, checkpoint(step))
     assert names(tmp_path) == ["step-000000005", "step-000000010"]
@@ -201,7 +201,34 @@ def test_a_checkpoint_comes_back_and_the_last_two_are_kept(tmp_path: Path) -> No
     assert found is not None
     assert (found.step, found.state, found.skipped) == (10, {"note": "n"}, ())
     assert found.groups["model"]["w"].tolist() == [10, 10, 10]
-    assert store.newest_step(tmp_path) == 10
+    assert store.newest_state(tmp_path) == (10, {"note": "n"})
+    (tmp_path / "step-000000010" / "state.json").write_text("{")
+    assert store.newest_state(tmp_path) == (5, {"note": "n"})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"w": torch.zeros(2, 3), "b": torch.zeros(2)}, ""),
+        ({"w": torch.zeros(3, 2), "b": torch.zeros(2)}, r"w: \[3, 2\] float32 there, \[2, 3\] float32 here"),
+        ({"w": torch.zeros(2, 3, dtype=torch.float16), "b": torch.zeros(2)}, r"w: \[2, 3\] float16 there"),
+        ({"w": torch.zeros(2, 3)}, r"b: none there, \[2\] float32 here"),
+        ({"w": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(1)}, r"c: \[1\] float32 there, none here"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_with_file_and_tensor(tensors: dict[str, torch.Tensor], told: str, tmp_path: Path) -> None:
+    like = {"w": torch.ones(2, 3), "b": torch.ones(2)}
+    save_checkpoint(tmp_path, Checkpoint(1, {"ema": tensors}, {}))
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    if not told:
+        assert all(torch.equal(value, tensors[name]) for name, value in found.fitting("ema", like).items())
+        return
+    with pytest.raises(DataError, match=rf"step-000000001/ema\.safetensors does not fit .*{told}") as failure:
+        found.fitting("ema", like)
+    assert f"remove {tmp_path}" in failure.value.remedy
+    with pytest.raises(DataError, match=r"model\.safetensors does not fit.*w: none there"):
+        found.fitting("model", like)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "state.json", "MANIFEST.json"])
@@ -318,13 +345,41 @@ def test_a_run_elsewhere_leaves_its_parent_folder_alone(tmp_path: Path) -> None:
     assert store.read_json(tmp_path / "latest.json") == {"mine": 1}
 
 
-def test_a_changed_training_key_is_refused_by_name_and_a_later_section_is_taken_over(tmp_path: Path) -> None:
+def test_other_data_are_refused_by_key_and_every_other_setting_is_taken_over(tmp_path: Path) -> None:
     store.create_run(tmp_path, recipe())
-    with pytest.raises(ConflictError, match=r"source\.lr = 0\.0002 there, 0\.5 now") as failure:
-        store.create_run(tmp_path, recipe("source.lr=0.5"))
+    with pytest.raises(ConflictError, match=r"data\.imbalance = 100\.0 there, 50\.0 now") as failure:
+        store.create_run(tmp_path, recipe("data.imbalance=50.0"))
     assert failure.value.exit_code == 5
-    store.create_run(tmp_path, recipe("synth.steps=7", "data.path=/elsewhere"))
-    assert store.open_run(tmp_path).recipe.synth.steps == 7
+    store.create_run(tmp_path, recipe("synth.steps=7", "data.path=/elsewhere", "source.lr=0.5"))
+    assert store.open_run(tmp_path).recipe == recipe("synth.steps=7", "data.path=/elsewhere", "source.lr=0.5")
+    with pytest.raises(UsageError, match=r"source\.lr = 0\.5 there, 0\.25 now") as refused:  # commands that do not train
+        store.open_run(tmp_path, ("source.lr=0.25",))
+    assert refused.value.remedy == f"diffrc train --run {tmp_path} --set ... trains with these"
+
+
+def test_where_a_checkpoint_does_not_say_what_it_was_made_of_every_training_key_must_agree(tmp_path: Path) -> None:
+    store.create_run(tmp_path, recipe())
+    save_checkpoint(tmp_path / "source", Checkpoint(1, {}, {"stage": "source"}))  # as they were before
+    with pytest.raises(ConflictError, match=r"guide\.tau = 0\.07 there, 0\.1 now"):
+        store.create_run(tmp_path, recipe("guide.tau=0.1"))
+    assert store.open_run(tmp_path).recipe == recipe()
+    save_checkpoint(tmp_path / "source", Checkpoint(2, {}, {"made_of": {}}))
+    assert store.create_run(tmp_path, recipe("guide.tau=0.1")).recipe.guide.tau == 0.1
+
+
+def test_a_folder_moves_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_text(tmp_path / "a" / "file", "mine")
+    store.move_folder(tmp_path / "a", tmp_path / "b" / "c")
+    assert (tmp_path / "b" / "c" / "file").read_text() == "mine"
+    assert names(tmp_path) == ["b"]
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(StorageError, match="Permission denied"):
+        store.move_folder(tmp_path / "b", tmp_path / "d")
+    assert names(tmp_path) == ["b"]
 
 
 def test_a_folder_of_other_files_is_not_taken_for_a_run(tmp_path: Path) -> None:

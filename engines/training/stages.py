@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from engines import store
+from engines.data.batches import torch_generator
+from engines.data.images import Indices
 from engines.data.longtail import LongTail
 from engines.errors import EngineError, Interrupted, NumericsError, UsageError
 from engines.networks.guide import Guide
@@ -17,39 +22,65 @@ from engines.networks.unet import UNet, parameter_count
 from engines.progress import Report, silent
 from engines.recipe import Recipe
 from engines.store import RunFolder
-from engines.training import calibration
+from engines.training import calibration, reuse
 from engines.training import guide as guides
 from engines.training.diffusion import build_unet, training_schedule
 from engines.training.guide import build_guide, guide_stage
-from engines.training.loop import Stage, train
+from engines.training.loop import Stage, is_complete, train
+from engines.training.reuse import StageStatus
 from engines.training.source import source_stage
 from engines.training.target import target_stage
 
 BYTES_PER_VALUE = 4 * 4 * (store.CHECKPOINTS_KEPT + 1)  # weights, EMA and two moments in float32, once more while one is written
 
 
-def train_run(run: RunFolder, data: LongTail, device: torch.device, report: Report = silent) -> dict[str, int]:
+def train_run(
+    run: RunFolder, data: LongTail, device: torch.device, report: Report = silent, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, int]:
     """Train source, target and guide, each to its last step, skipping what is complete. The caller holds the run's lock.
+
+    A stage that was trained with other settings is kept aside and trains again, or comes back from there: see `reuse`.
+
+    Args:
+        tell: hears such sentences before anything is trained.
 
     Returns: steps trained by this call, by stage.
 
     Raises:
-        ConflictError: the run was trained on other data.  StorageError, NumericsError, Interrupted: see `loop.train`.
+        ConflictError: the run was trained on other data.
+        DataError, UsageError: the file source.pretrained is unusable, or does not fit the recipe.
+        StorageError, NumericsError, Interrupted: see `loop.train`.
     """
     recipe = run.recipe
     run.keep_classes(data.table())
     data.train.preload(report)
-    torch.manual_seed(recipe.seed)  # initial weights
-    source, guide = build_unet(recipe, len(data.counts)), build_guide(recipe, data.counts)
-    _require_space(run, {"source": parameter_count(source), "target": parameter_count(source), "guide": parameter_count(guide)})
-    trained = {"source": _timed(run, source_stage(recipe, data, source, device), device, report)}
+    pretrained_sha256 = reuse.pretrained_sha256(run.path, recipe)
+    plan = reuse.examine(run.path, recipe, data.kept_sha256, pretrained_sha256)
+    for sentence in filter(None, (status.sentence(run.path) for status in plan)):
+        tell(sentence)
+    reuse.arrange(plan, run.path)
+
+    def train_stage(stage: Stage) -> int:
+        identity = reuse.identity(reuse.made_of(recipe, stage.name, data.kept_sha256, pretrained_sha256))
+        return _timed(run, replace(stage, identity=identity), device, report)
+
+    source, guide = new_unet(recipe, len(data.counts)), new_guide(recipe, data.counts)
+    _require_space(run, plan, {"source": parameter_count(source), "target": parameter_count(source), "guide": parameter_count(guide)})
+    if recipe.source.pretrained and store.newest_state(run.stage("source")) is None:
+        from engines.networks.pretrained import load_into  # most runs start from nothing
+
+        for note in load_into(source, Path(recipe.source.pretrained), recipe.diffusion):
+            tell(note)
+    trained = {"source": train_stage(source_stage(recipe, data, source, device))}
 
     target = build_unet(recipe, len(data.counts))
     target.load_state_dict(source.state_dict())  # theta_tar starts as theta_sou
-    trained["target"] = _timed(run, target_stage(recipe, data, source, target, device), device, report)
+    trained["target"] = train_stage(target_stage(recipe, data, source, target, device))
 
+    if recipe.guide.init_from == "target":
+        guides.take_encoder(guide, target)
     guides.warm_start(guide, recipe, data, device)
-    trained["guide"] = _timed(run, guide_stage(recipe, data, guide, device), device, report)
+    trained["guide"] = train_stage(guide_stage(recipe, data, guide, device))
     accuracy = run.stage("guide") / "accuracy.json"
     if trained["guide"] or not accuracy.exists():
         schedule = training_schedule(recipe, device)
@@ -57,6 +88,18 @@ def train_run(run: RunFolder, data: LongTail, device: torch.device, report: Repo
         by_split = {name: calibration.by_noise(guide, part, schedule, recipe.seed) for name, part in splits.items() if len(part)}
         store.write_json(accuracy, by_split)
     return trained
+
+
+def new_unet(recipe: Recipe, classes: int) -> UNet:
+    """The recipe's U-Net with its initial weights: a function of the seed, the network and its name, whatever else is built."""
+    torch.manual_seed(torch_generator(recipe.seed, "source/weights").initial_seed())
+    return build_unet(recipe, classes)
+
+
+def new_guide(recipe: Recipe, class_counts: Indices) -> Guide:
+    """The same for the guide."""
+    torch.manual_seed(torch_generator(recipe.seed, "guide/weights").initial_seed())
+    return build_guide(recipe, class_counts)
 
 
 def choose_device(name: str) -> torch.device:
@@ -89,14 +132,9 @@ def load_guide(run: RunFolder) -> Guide:
     return guide
 
 
-def training_steps(recipe: Recipe) -> dict[str, int]:
-    """Steps of each stage."""
-    return {"source": recipe.source.train_steps, "target": recipe.target.train_steps, "guide": recipe.guide.train_steps}
-
-
-def _require_space(run: RunFolder, values: dict[str, int]) -> None:
+def _require_space(run: RunFolder, plan: list[StageStatus], values: dict[str, int]) -> None:
     """Refuse where the disk cannot hold what the unfinished stages still write; what they hold already counts as theirs."""
-    unfinished = [stage for stage, steps in training_steps(run.recipe).items() if store.newest_step(run.stage(stage)) < steps]
+    unfinished = [status.name for status in plan if not status.complete]
     held_bytes = sum(file.stat().st_size for stage in unfinished for file in run.stage(stage).rglob("*.safetensors"))
     store.require_space(run.path, BYTES_PER_VALUE * sum(values[stage] for stage in unfinished) - held_bytes)
 
@@ -113,10 +151,14 @@ def _timed(run: RunFolder, stage: Stage, device: torch.device, report: Report) -
 
 
 def _load_ema(run: RunFolder, stage: str, network: nn.Module) -> None:
-    found = store.load_checkpoint(run.stage(stage))
-    steps = training_steps(run.recipe)[stage]
-    if found is None or found.step < steps:
-        state = "is not trained" if found is None else f"stands at step {found.step:,} of {steps:,}"
-        raise UsageError(f"the {stage} of {run.path} {state}", f"diffrc train --run {run.path}")
-    network.load_state_dict(dict(found.groups["ema"]))
+    """Raises UsageError where the stage is not trained to its end, or with other settings; DataError where its file does not fit."""
+    found, settings = store.load_checkpoint(run.stage(stage)), reuse.settings_of(run.recipe, stage)
+    remedy = f"diffrc train --run {run.path}"
+    if found is None:
+        raise UsageError(f"the {stage} of {run.path} is not trained", remedy)
+    if changes := reuse.changes(found.state, found.step, run.recipe, stage, run.classes()["kept_sha256"]):
+        raise UsageError(f"the {stage} of {run.path} is stale: {changes}", remedy)
+    if not is_complete(found, settings):
+        raise UsageError(f"the {stage} of {run.path} stands at step {found.step:,} of {settings.train_steps:,}", remedy)
+    network.load_state_dict(found.fitting("best" if found.groups.get("best") else "ema", network.state_dict()))
     network.eval()

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from diffrc_cli.app import main
+from diffrc_cli.train import estimating
 from engines import store
+from engines.progress import silent
 
 
 class Outcome(NamedTuple):
@@ -94,10 +96,39 @@ def test_an_unknown_device_is_a_usage_error_and_a_missing_one_is_never_replaced(
     assert not list(Path().iterdir())
 
 
-def test_another_recipe_in_the_same_folder_is_refused_naming_the_key(call: Caller, tiny_copy: Path) -> None:
+def test_other_data_in_the_same_folder_are_refused_naming_the_key(call: Caller, tiny_copy: Path) -> None:
     before = (tiny_copy / "recipe.toml").read_bytes()
-    done = call("--run", "runs/digits-lt", "--set", "guide.tau=0.7")
+    done = call("--run", "runs/digits-lt", "--set", "data.profile_seed=7")
     assert done.code == 5
-    assert "0.7 now" in done.err
-    assert "guide.tau" in done.err
+    assert "data.profile_seed = 0 there, 7 now" in done.err
     assert (tiny_copy / "recipe.toml").read_bytes() == before
+
+
+def test_other_settings_train_what_depends_on_them_and_say_so_first(call: Caller, tiny_copy: Path, settings: list[str]) -> None:
+    done = call("--run", "runs/digits-lt", "--set", "guide.tau=0.7")
+    assert done.code == 0, done.err
+    told = [line for line in done.err.splitlines() if line.startswith("guide")]
+    kept = next((tiny_copy / "stale").iterdir()).name
+    assert told[0] == f"guide: guide.tau = 0.07 -> 0.7; trains again (the old one is kept in stale/{kept})"
+    assert done.out.splitlines()[:3] == [*COMPLETE[:2], "guide: trained 4 steps"]
+    back = call("digits-lt", *settings)
+    assert f"guide: guide.tau = 0.7 -> 0.07; comes back from stale/{kept} (the old one is kept in stale/guide-" in back.err
+    assert back.out.splitlines()[:3] == COMPLETE
+
+
+def test_where_the_data_lie_is_remembered(call: Caller, tiny_copy: Path) -> None:
+    assert call("--run", "runs/digits-lt", "--data", "photos").code == 0
+    shutil.copy(tiny_copy / "recipe.toml", "mine.toml")
+    text = Path("mine.toml").read_text(encoding="utf-8")
+    Path("mine.toml").write_text(text.replace(str(Path.cwd() / "photos"), ""), encoding="utf-8")
+    assert call("mine.toml", "--run", "runs/digits-lt").code == 0
+    assert store.open_run(tiny_copy).recipe.data.path == str(Path.cwd() / "photos")
+
+
+def test_a_long_stage_says_once_how_long_it_takes_when_its_first_steps_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    report = estimating(silent)
+    for done in range(300_001):
+        report("source", done, 300_000, {"images_per_second": 130.4, "seconds_left": 147_600.0} if done in (1, 50, 100) else {})
+    report("guide", 5, 100, {"images_per_second": 1300.0, "seconds_left": 30.0})
+    report("guide", 50, 100, {"images_per_second": 1300.0, "seconds_left": 30.0})
+    assert capsys.readouterr().err == "source: 300,000 steps, about 41h00m at 130 images/s\n"

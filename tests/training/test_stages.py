@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from diffrc_cli.train import recipe_of_run
 from engines import store
 from engines.backends.base import weights_sha256
 from engines.data.longtail import LongTail, prepare
-from engines.errors import ConflictError, EngineError, NumericsError, StorageError, UsageError
+from engines.errors import ConflictError, DataError, EngineError, NumericsError, StorageError, UsageError
+from engines.networks import pretrained
 from engines.recipe import Recipe, load, read
 from engines.training import diffusion, loop, stages
 from engines.training.stages import choose_device, load_guide, load_unet, train_run
@@ -154,6 +156,112 @@ def test_other_data_are_refused_before_anything_is_trained(tiny_copy: Path) -> N
         train_run(run, other, CPU)
 
 
+def with_settings(path: Path, *overrides: str) -> store.RunFolder:
+    """The run in a folder with some settings changed, as `diffrc train --run DIR --set ...` opens it."""
+    return store.create_run(path, read(path / "recipe.toml", overrides))
+
+
+def test_a_changed_guide_section_trains_the_guide_alone_and_changed_back_nothing(tiny_copy: Path, data: LongTail) -> None:
+    before, told = tensors(tiny_copy), list[str]()
+    assert train_run(with_settings(tiny_copy, "guide.tau=0.1"), data, CPU, tell=told.append) == {"source": 0, "target": 0, "guide": 4}
+    [sentence] = told
+    assert re.fullmatch(r"guide: guide\.tau = 0\.07 -> 0\.1; trains again \(the old one is kept in stale/guide-[0-9a-f]{8}\)", sentence)
+    after = tensors(tiny_copy)
+    assert {name: data for name, data in after.items() if name.startswith(("source/", "target/"))} == {
+        name: data for name, data in before.items() if not name.startswith("guide/")
+    }
+    assert after["guide/step-000000004/ema.safetensors"] != before["guide/step-000000004/ema.safetensors"]
+    [kept] = (tiny_copy / "stale").iterdir()
+    assert {path.name for path in kept.iterdir()} >= {"metrics.jsonl", "accuracy.json"}, "what belongs to its weights goes with them"
+    assert train_run(with_settings(tiny_copy, "guide.tau=0.07"), data, CPU) == {"source": 0, "target": 0, "guide": 0}
+    assert {name: data for name, data in tensors(tiny_copy).items() if not name.startswith("stale/")} == before
+
+
+def test_a_stage_of_more_steps_goes_on_and_ends_as_one_that_was_asked_for_them_at_once(
+    tiny_run: Path, data: LongTail, tmp_path: Path
+) -> None:
+    ends = []
+    for lengths in ((4, 6), (6,)):
+        path = tmp_path / f"in {len(lengths)}"
+        shutil.copytree(tiny_run, path)
+        shutil.rmtree(path / "guide")
+        for steps in lengths:
+            trained = train_run(with_settings(path, "guide.lr_decay=none", f"guide.train_steps={steps}"), data, CPU)
+        ends.append((trained, tensors(path)))
+    (longer, ours), (anew, theirs) = ends
+    assert (longer, anew) == ({"source": 0, "target": 0, "guide": 2}, {"source": 0, "target": 0, "guide": 6})
+    assert ours == theirs
+
+
+def test_a_stale_stage_is_not_read_back_and_the_remedy_is_to_train(tiny_copy: Path) -> None:
+    run = with_settings(tiny_copy, "guide.tau=0.1")
+    load_unet(run)
+    with pytest.raises(UsageError, match=r"the guide of .* is stale: guide\.tau = 0\.07 -> 0\.1") as refused:
+        load_guide(run)
+    assert refused.value.remedy == f"diffrc train --run {tiny_copy}"
+    run = with_settings(tiny_copy, "unet.dropout=0.3")
+    for model in ("source", "target"):
+        with pytest.raises(UsageError, match=rf"the {model} of .* is stale: unet\.dropout"):
+            load_unet(run, model)  # type: ignore[arg-type]
+
+
+def test_each_network_starts_from_the_seed_and_its_name_alone(tiny_run: Path, data: LongTail) -> None:
+    recipe = store.open_run(tiny_run).recipe
+    wider = read(tiny_run / "recipe.toml", ("unet.model_channels=32", "unet.num_head_channels=32"))
+    other = read(tiny_run / "recipe.toml", ("seed=1",))
+
+    def start(settings: Recipe) -> tuple[str, str]:
+        torch.rand(3)
+        return weights_sha256(stages.new_unet(settings, 10)), weights_sha256(stages.new_guide(settings, data.counts))
+
+    assert start(recipe) == start(recipe)
+    assert start(recipe)[1] == start(wider)[1]
+    assert not set(start(recipe)) & set(start(other))
+
+
+def test_a_pretrained_source_of_no_steps_is_its_file_and_the_target_goes_on_from_there(
+    tiny_run: Path, data: LongTail, tmp_path: Path
+) -> None:
+    trained, file, told = load_unet(store.open_run(tiny_run), "source"), tmp_path / "weights.safetensors", list[str]()
+    card = pretrained.WeightsCard(architecture=trained.architecture, out_channels=2, classes=10, null_label=True)
+    pretrained.write(file, trained.state_dict(), card)
+    recipe = read(tiny_run / "recipe.toml", (f"source.pretrained={file}", "source.train_steps=0"))
+    run = store.create_run(tmp_path / "run", recipe)
+    assert train_run(run, data, CPU, tell=told.append) == {"source": 0, "target": 4, "guide": 4}
+    assert told == ["the pre-trained weights do not say which noise schedule they were trained on: the recipe's is assumed"]
+    assert weights_sha256(load_unet(run, "source")) == weights_sha256(trained)
+    assert weights_sha256(load_unet(run)) == weights_sha256(load_unet(store.open_run(tiny_run)))
+    file.unlink()
+    assert train_run(run, data, CPU) == {"source": 0, "target": 0, "guide": 0}
+    longer = with_settings(run.path, "source.train_steps=2", "source.lr_decay=none")
+    with pytest.raises(DataError, match=r"weights\.safetensors"):  # it would train anew, from a file that is gone
+        train_run(longer, data, CPU)
+    pretrained.write(file, trained.state_dict(), card)
+    assert train_run(longer, data, CPU) == {"source": 2, "target": 4, "guide": 0}
+    assert weights_sha256(load_unet(store.open_run(run.path), "source")) != weights_sha256(trained)
+
+
+def test_a_pretrained_file_that_cannot_be_used_is_refused_before_training(tiny_run: Path, data: LongTail, tmp_path: Path) -> None:
+    run = store.create_run(tmp_path / "run", read(tiny_run / "recipe.toml", (f"source.pretrained={tmp_path / 'no.safetensors'}",)))
+    with pytest.raises(DataError, match=r"no\.safetensors"):
+        train_run(run, data, CPU)
+    assert not (run.path / "source").exists()
+
+
+@pytest.mark.parametrize("group", ["model", "ema"])
+def test_a_checkpoint_whose_tensors_do_not_fit_is_named_with_what_differs(group: str, tiny_copy: Path, data: LongTail) -> None:
+    found = store.load_checkpoint(tiny_copy / "guide")
+    assert found is not None
+    groups = {**found.groups, group: {**found.groups[group], "prototypes": torch.zeros(7, 16)}}
+    store.save_checkpoint(tiny_copy / "guide", store.Checkpoint(found.step, groups, found.state))
+    told = rf"guide/step-000000004/{group}\.safetensors does not fit .*\(prototypes: \[7, 16\] float32 there, \[10, 16\] float32 here\)"
+    with pytest.raises(DataError, match=told):
+        train_run(store.open_run(tiny_copy), data, CPU)
+    if group == "ema":
+        with pytest.raises(DataError, match=told):
+            load_guide(store.open_run(tiny_copy))
+
+
 @pytest.mark.parametrize("conditional", ["false", "true"])
 def test_a_preview_grid_is_written_by_both_diffusion_stages(
     conditional: str, tiny_run: Path, data: LongTail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -252,10 +360,10 @@ def test_train_says_what_is_complete_and_what_comes_next(tiny_copy: Path, capsys
     assert lines[-1] == f"next: diffrc export --run {tiny_copy}"
 
 
-def test_a_changed_recipe_is_refused_with_exit_5_and_the_keys_name(tiny_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("train", "--run", str(tiny_copy), "--set", "target.gamma=0.7") == 5
+def test_changed_data_are_refused_with_exit_5_and_the_keys_name(tiny_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("train", "--run", str(tiny_copy), "--set", "data.imbalance=7.0") == 5
     message = capsys.readouterr().err
-    assert "target.gamma = 0.1 there, 0.7 now" in message
+    assert "data.imbalance = 8.0 there, 7.0 now" in message
     assert message.count("\n") == 2
 
 

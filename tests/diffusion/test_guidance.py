@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from engines.diffusion.guidance import GradientNorm, class_gradient, entropy_scale, normalize_gradient, prototype_guidance
+from engines.diffusion.guidance import (
+    GradientNorm,
+    class_gradient,
+    classifier_free,
+    entropy_scale,
+    normalize_gradient,
+    prototype_guidance,
+)
 
 VARIANCE = 0.5
 MEANS = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(5))
@@ -118,3 +125,21 @@ def test_outside_its_interval_and_at_scale_0_guidance_asks_nothing_of_the_guide(
     for options in ({"scale": 0.0}, {"interval": (0, 6)}, {"interval": (8, 900)}):
         assert prototype_guidance(refuse, Y, **options)(X, T) is None  # type: ignore[arg-type]
     assert prototype_guidance(log_probs, Y, interval=(7, 7))(X, T) is not None
+
+
+def test_classifier_free_guidance_is_its_formula_for_eps_and_leaves_the_variance_values() -> None:
+    def network(eps: float, values: float) -> Any:
+        return lambda x, _t: torch.cat([torch.full_like(x, eps), torch.full_like(x, values)], 1)
+
+    out = classifier_free(network(2.0, 10.0), network(0.5, 20.0), scale=0.5, channels=1)(X, T)
+    assert out[:, :1].unique().tolist() == [1.5 * 2.0 - 0.5 * 0.5]
+    assert out[:, 1:].unique().tolist() == [10.0]
+
+
+def test_classifier_free_guidance_does_not_ask_for_the_null_label_at_scale_0_or_outside_its_interval() -> None:
+    def refuse(_x: Tensor, _t: Tensor) -> Tensor:
+        raise AssertionError("the network was asked")
+
+    for scale, interval in ((0.0, (0, 900)), (2.0, (0, 6)), (2.0, (8, 900))):
+        assert torch.equal(classifier_free(lambda x, _t: x, refuse, scale, 1, interval)(X, T), X)
+    assert torch.equal(classifier_free(lambda x, _t: x, lambda x, _t: -x, 2.0, 1, (7, 7))(X, T), 5 * X)

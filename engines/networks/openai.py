@@ -20,7 +20,7 @@ from engines.networks.unet import Architecture, Encoder, UNet
 
 CLASSES = 1000  # of ImageNet
 DIFFUSION_STEPS = 1000
-MAX_OPCODES = 1 << 20  # some forty a tensor
+MAX_OPCODES = 200_000  # some forty a tensor
 MAX_TUPLES = 20_000  # four a tensor; tuples nested without end overflow the stack of whoever hashes them
 CALLED_BY_WEIGHTS = {
     "collections OrderedDict",
@@ -87,7 +87,7 @@ CLASSIFIERS = {
 
 
 def read(path: Path, name: str) -> tuple[dict[str, Tensor], WeightsCard]:
-    """The weights of a published diffusion model, checked, and the card that `pretrained.save` puts beside them.
+    """The weights of a published diffusion model, checked, and the card that `pretrained.write` puts beside them.
 
     Raises:
         UsageError: no diffusion model was published under that name.
@@ -136,8 +136,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise DataError(f"{path} holds no weights by name but {_kind(state)}", REMEDY)
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise DataError(f"{path} holds more than weights: {str(name)[:80]!r} is {_kind(value)}", REMEDY)
+        if not isinstance(name, str):
+            raise DataError(f"{path} holds more than weights by name: a key is {_kind(name)}", REMEDY)
+        if not isinstance(value, Tensor):
+            raise DataError(f"{path} holds more than weights: {name[:80]!r} is {_kind(value)}", REMEDY)
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise DataError(f"{path} is damaged: {name[:80]!r} claims more values than the file holds for it", REMEDY)
     return {name: value.detach() for name, value in state.items()}

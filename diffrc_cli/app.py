@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # `main` says what failed; a traceback only with --debug
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 internal error, 2 usage or recipe, 3 data, 4 engine or device, 5 folder in use or another run in it, "
-    "6 numbers disagree, 7 not finite, 8 disk, 130/143 interrupted (the same command continues).",
+    "6 numbers disagree, 7 not finite, 8 disk, 9 fewer images than asked, 130/143 interrupted (the same command continues).",
 )
 
 

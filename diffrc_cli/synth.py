@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,11 +11,14 @@ import typer
 
 from diffrc_cli import console
 from diffrc_cli.options import DataOption, JsonOption, RunOption, SetOption
-from engines.errors import UsageError
+from engines.errors import UsageError, YieldError
 
 if TYPE_CHECKING:
     from engines.store import RunFolder
+    from engines.synthesis.shelf import ClassYield
     from engines.synthesis.synthesize import Synthesis
+
+SHOWN = 5  # warnings, and classes in a message
 
 ClassOption = Annotated[
     list[str] | None,
@@ -36,6 +41,18 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="Names the noise:
 EngineOption = Annotated[
     Literal["onnx", "torch", "auto"] | None, typer.Option("--engine", help="What runs the U-Net; auto = onnx.", show_default=False)
 ]
+BandOption = Annotated[
+    float | None,
+    typer.Option("--distance-band", metavar="X", help="Keep images up to X class widths from the real ones; 0 = all.", show_default=False),
+]
+ConfidenceOption = Annotated[
+    float | None,
+    typer.Option("--confidence", metavar="P", help="Keep images that the guide is this sure of; 0 = all.", show_default=False),
+]
+TriesOption = Annotated[
+    float | None,
+    typer.Option("--max-tries", metavar="X", help="Make at most X N images to keep N; exit code 9 if too few.", show_default=False),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to. Default: synth/ of the run.", show_default=False)]
 
 
@@ -48,6 +65,9 @@ def synth(
     guidance_scale: ScaleOption = None,
     seed: SeedOption = None,
     engine: EngineOption = None,
+    distance_band: BandOption = None,
+    confidence: ConfidenceOption = None,
+    max_tries: TriesOption = None,
     out: OutOption = None,
     run: RunOption = None,
     data: DataOption = None,
@@ -69,7 +89,8 @@ def synth(
     from engines.synthesis.synthesize import summary, synthesize
 
     typed = {"steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "seed": seed, "engine": engine}
-    folder = open_run(run, (*(overrides or ()), *_settings(typed)))
+    filters = {"distance_band": distance_band, "confidence": confidence, "max_tries": max_tries}
+    folder = open_run(run, (*(overrides or ()), *_settings("synth", typed), *_settings("select", filters)))
     wanted = fill_classes(folder) if fill else asked_classes(folder, names or [], n or 0)
     if folder.recipe.synth.engine == "auto":
         console.note("engine: onnx (auto: the exported network on ONNX Runtime's CPU provider; --engine torch runs without an export)")
@@ -78,13 +99,21 @@ def synth(
         parts = synthesize(folder, wanted, out, originals, report=report)
     if json:
         console.emit_json(summary(parts))
-        return
     for part in parts:
-        _show(part)
+        if not json:
+            _show(part)
+        for line in part.warnings[:SHOWN]:
+            console.note(f"warning: {line}")
+        if len(part.warnings) > SHOWN:
+            console.note(f"and {len(part.warnings) - SHOWN} more such warnings: {part.folder}/copies.json, yield.json")
+        if part.copy_warnings:
+            console.note(f"try:     {_fewer_copies(part.model)}")
+    if short := [c for part in parts for c in part.classes if c.short]:
+        raise _too_few(short)
 
 
-def _settings(typed: dict[str, Any]) -> list[str]:
-    return [f"synth.{key}={value}" for key, value in typed.items() if value is not None]
+def _settings(section: str, typed: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}={value}" for key, value in typed.items() if value is not None]
 
 
 def _originals(run: RunFolder, data: Path | None) -> Any:
@@ -94,15 +123,45 @@ def _originals(run: RunFolder, data: Path | None) -> Any:
 
 
 def _show(part: Synthesis) -> None:
-    selected = any(c.rejected for c in part.classes)
-    columns = ("class", "asked", "there", "made now", *(("dropped",) if selected else ()), "folder")
-    rows = [(c.name, c.asked, c.kept, c.made, *((c.rejected,) if selected else ()), c.folder) for c in part.classes]
+    reasons = {"distance": "too far", "confidence": "unsure", "both": "both"}
+    dropped = [reason for reason in reasons if any(c.dropped[reason] for c in part.classes)]
+    selected = ("yield",) if dropped else ()
+    columns = ("class", "asked", "there", "made now", *(reasons[reason] for reason in dropped), *selected, "folder")
+    rows = [
+        (c.name, c.asked, c.kept, c.made, *(c.dropped[reason] for reason in dropped), *(_percent(c.share) for _ in selected), c.folder)
+        for c in part.classes
+    ]
     console.table("", columns, rows)
     if part.made:
         console.say(f"{part.made} images in {console.duration(part.seconds)}, {part.images_per_second:.3g} a second")
-    for c in part.classes:
-        if c.kept < c.asked:
-            console.note(f"{c.name}: the selection kept {c.kept} of {c.kept + c.rejected}; select.max_tries ended it before {c.asked}")
     if part.not_finite:
         console.note(f"{part.not_finite} images were not finite and not written")
     console.say(f"contact sheet: {part.sheet}")
+    if part.copies:
+        told = [
+            f"{found.copies} of {found.images} by {space}s (of real images {_percent(usual.share)})"
+            for space, usual in part.copies.usual.items()
+            if (found := part.copies.total(space)).images
+        ]
+        console.say(f"copies of training images: {', '.join(told)}; closest pairs: {part.folder / 'copies.png'}")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"
+
+
+def _fewer_copies(model: str) -> str:
+    stops = ", or target.holdout_fraction=0.2 with target.patience=5" if model == "target" else ""
+    return f"fewer {model}.train_steps{stops}; select.copy_ratio and select.copy_share say what is a copy, and how many are too many"
+
+
+def _too_few(short: Sequence[ClassYield]) -> YieldError:
+    """A script that asked for 500 images and got 320 must not go on as if it had them: the job ends as a failure, all it made in place."""
+    from engines.data.names import shorten
+
+    told = ", ".join(f"{shorten(c.name)} {c.kept} of {c.asked}" for c in short[:SHOWN])
+    more = f" and {len(short) - SHOWN} more" if len(short) > SHOWN else ""
+    worst = min(c.share or 0.0 for c in short)
+    looser = "a wider --distance-band or a lower --confidence goes with --out DIR"
+    tries = f"the same command with --max-tries {math.ceil(1.25 / worst)} adds to what is there; or " if worst > 0.01 else ""
+    return YieldError(f"fewer images than asked for: {told}{more}", tries + looser)

@@ -63,6 +63,12 @@ class StorageError(DiffRCError):
     exit_code = 8
 
 
+class YieldError(DiffRCError):
+    """Fewer images than were asked for, since the selection dropped too many; what it kept is in place and can be used."""
+
+    exit_code = 9
+
+
 class Interrupted(DiffRCError):
     """Stopped by a signal after the current batch was committed; the same command continues."""
 

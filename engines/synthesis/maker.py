@@ -19,7 +19,7 @@ from engines.backends.base import Engine, package_versions, weights_sha256
 from engines.backends.export import onnx_path
 from engines.backends.ort_engine import OrtEngine
 from engines.backends.torch_engine import TorchEngine
-from engines.data.batches import to_pixels
+from engines.data.batches import to_pixels, to_tensor
 from engines.data.decode import Pixels
 from engines.diffusion.guidance import EVERYWHERE, classifier_free, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
@@ -29,8 +29,8 @@ from engines.errors import EngineError
 from engines.networks.guide import Guide
 from engines.recipe import Recipe
 from engines.store import RunFolder
+from engines.synthesis import select
 from engines.synthesis.plan import ImageId, Model, Plan, make_plan
-from engines.synthesis.select import clean_features
 
 
 class Drawn(NamedTuple):
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
     image: ImageId
     pixels: Pixels | None  # (H, W, C) uint8; None where a value is not finite
-    feature: Tensor | None  # (D,) of the clean image, where there is a selection
+    seen: tuple[Tensor, Tensor] | None  # by the guide, where there is a selection: feature (D,) and log p~(k | x_0) (K,)
 
 
 class GivenUp(Exception):
@@ -86,11 +86,14 @@ class Maker:
                 synth.clip_denoised,
                 log,
             )  # (B, C, H, W)
-            features = clean_features(self.guide, x) if self.guide and self.recipe.select.distance_band else None
         finite = torch.isfinite(x).flatten(1).all(1).tolist()
         pixels = to_pixels(torch.where(torch.isfinite(x), x, 0.0))
+        seen = None
+        if select.is_on(self.recipe.select):
+            assert self.guide is not None, "a selection looks with the guide"
+            seen = select.look(self.guide, to_tensor(pixels))  # as written: the figures can be found again from the file
         return [
-            Drawn(image, pixels[row] if finite[row] else None, None if features is None else features[row])
+            Drawn(image, pixels[row] if finite[row] else None, seen and (seen.features[row], seen.log_probs[row]))
             for row, image in sorted(at.items())
         ]
 
@@ -137,7 +140,7 @@ def open_maker(run: RunFolder, model: Model) -> Maker:
                 f"{path} was checked up to batch {engine.card.max_batch}, synth.batch_size is {recipe.synth.batch_size}",
                 f"{_export_command(run, model)} --set export.max_batch={recipe.synth.batch_size}",
             )
-    guide = load_guide(run) if recipe.synth.guidance_scale or recipe.select.distance_band else None
+    guide = load_guide(run) if recipe.synth.guidance_scale or select.is_on(recipe.select) else None
     packages = ("diffrc", "numpy", "pillow", "torch", *(() if engine.card.kind == "torch" else ("onnxruntime", "onnxruntime-gpu")))
     guide_sha256 = weights_sha256(guide) if guide else ""
     plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, package_versions(packages))

@@ -87,6 +87,7 @@ def make_plan(
         "diffusion.steps": recipe.diffusion.steps,
         "diffusion.noise_schedule": recipe.diffusion.noise_schedule,
         "select.distance_band": recipe.select.distance_band,
+        "select.confidence": recipe.select.confidence,
     }
     synth = recipe.synth.model_dump(mode="json")
     identity |= {f"synth.{key}": value for key, value in synth.items() if key not in _NOT_PIXELS}

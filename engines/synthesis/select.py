@@ -1,9 +1,12 @@
-"""Selection: images too far from the real ones of their class are made again (METHOD section 5)."""
+"""Selection: images too far from the real ones of their class, or that the guide does not take for it, are made again (METHOD section 5).
+
+The guide looks once at each image as it will be written, at t = 0: its features give the distance, its prototypes p~(y | x_0).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +14,14 @@ from torch import Tensor
 
 from engines.data.batches import to_tensor
 from engines.data.images import ImageSet
+from engines.diffusion.losses import prototype_log_probs
 from engines.networks.guide import Guide
+from engines.recipe import SelectSection
+
+Reason = Literal["", "distance", "confidence", "both"]
+REASONS: tuple[Reason, ...] = ("distance", "confidence", "both")  # why an image is dropped; "" = it is kept
+FEATURE_RESOLUTION = 1e-5  # unit vectors of float32 networks closer than this are one: rounding differs with the place in a batch
+PAIRS_ROWS = 1024  # bounds the memory of all distances within a class
 
 
 class Band(NamedTuple):
@@ -21,15 +31,44 @@ class Band(NamedTuple):
     reach: float  # d_f, the largest distance between two of them; 0 for a class of one image, which has no band
 
 
+class Figures(NamedTuple):
+    """What the selection measured of an image; None where nothing asked for it."""
+
+    distance: float | None = None  # d, to the class's real mean in feature space
+    reach: float | None = None  # d_f of the class; None also where it has no band
+    confidence: float | None = None  # p~(y | x_0), Eq. 12
+
+
+UNMEASURED = Figures()
+
+
+class Look(NamedTuple):
+    """What the guide sees in images without noise."""
+
+    features: Tensor  # (B, D) unit vectors
+    log_probs: Tensor  # (B, K) log p~(k | x_0), Eq. 12
+
+
+def is_on(select: SelectSection) -> bool:
+    """Whether any image may be dropped, and the guide has to look at all of them."""
+    return bool(select.distance_band or select.confidence)
+
+
 @torch.no_grad()
-def clean_features(guide: Guide, x: Tensor) -> Tensor:
-    """(B, D) features of images without noise: x (B, C, H, W) in [-1, 1]."""
-    return guide(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))  # type: ignore[no-any-return]
+def look(guide: Guide, x: Tensor) -> Look:
+    """One pass of the guide at t = 0: x (B, C, H, W) in [-1, 1]."""
+    features = guide(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))  # (B, D)
+    return Look(features, prototype_log_probs(features, guide.prototypes, guide.log_prior, guide.tau))
 
 
 def class_band(features: Tensor) -> Band:
     """The band of a class's real images, features (N, D)."""
-    return Band(features.mean(0), float(torch.cdist(features, features).max()))
+    blocks = (
+        features[i : i + PAIRS_ROWS] for i in range(0, len(features), PAIRS_ROWS)
+    )  # differences, not products: these cancel where a guide has drawn a class together
+    pairs = (torch.cdist(block, features, compute_mode="donot_use_mm_for_euclid_dist") for block in blocks)
+    reach = max(float(distances.max()) for distances in pairs)
+    return Band(features.mean(0), reach if reach > FEATURE_RESOLUTION else 0.0)
 
 
 def class_bands(guide: Guide, images: ImageSet, classes: Iterable[int], batch_size: int) -> dict[int, Band]:
@@ -38,15 +77,30 @@ def class_bands(guide: Guide, images: ImageSet, classes: Iterable[int], batch_si
     for k in classes:
         members = np.flatnonzero(images.labels == k)
         blocks = [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-        bands[k] = class_band(torch.cat([clean_features(guide, to_tensor(images.pixels(block))) for block in blocks]))
+        bands[k] = class_band(torch.cat([look(guide, to_tensor(images.pixels(block))).features for block in blocks]))
     return bands
 
 
-def distance_to(band: Band, feature: Tensor) -> float:
-    """d = ||feature - mean||, feature (D,)."""
-    return float((feature - band.mean).norm())
+def measure(feature: Tensor, log_probs: Tensor, class_id: int, band: Band | None) -> Figures:
+    """The figures of one image of a class: feature (D,), log_probs (K,)."""
+    confidence = float(log_probs[class_id].exp())
+    if band is None:
+        return Figures(confidence=confidence)
+    return Figures(float((feature - band.mean).norm()), band.reach or None, confidence)
 
 
-def keeps(band: Band, distance: float, width: float) -> bool:
-    """Whether d <= width * d_f; a class of one real image has no d_f and keeps everything."""
-    return band.reach == 0 or distance <= width * band.reach
+def reason_to_drop(figures: Figures, select: SelectSection) -> Reason:
+    """Why an image is not kept, "" where it is: d > distance_band * d_f, or p~(y | x_0) < confidence, or both.
+
+    A class of one real image has no d_f, and no distance is too large for it.
+    """
+    far = bool(select.distance_band) and figures.reach is not None and _known(figures.distance) > select.distance_band * figures.reach
+    unsure = bool(select.confidence) and _known(figures.confidence) < select.confidence
+    if far and unsure:
+        return "both"
+    return "distance" if far else "confidence" if unsure else ""
+
+
+def _known(figure: float | None) -> float:
+    assert figure is not None, "a filter that is on has measured its figure"
+    return figure

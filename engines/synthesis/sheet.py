@@ -22,11 +22,13 @@ from engines.data.batches import to_pixels
 from engines.data.decode import Pixels, read_regular_file
 from engines.data.names import slug
 from engines.errors import DataError
+from engines.synthesis.select import REASONS, UNMEASURED, Figures, Reason
 
 MAX_PNG_BYTES = 1 << 26
 REJECTED = "rejected"  # the folder, inside a class's, of images that the selection dropped
 _LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
 _NAME = re.compile(r"^(\d{6,9})\.png$")
+_REASON: dict[str, Reason] = {"": "", **{reason: reason for reason in REASONS}}
 
 Labels = npt.NDArray[np.int64]
 
@@ -42,10 +44,14 @@ class Record:
     class_name: str
     index: int
     seed: int
-    kept: bool  # by the selection; dropped images lie in `rejected/`
-    distance: float | None  # of the selection, to the class's real mean
     pixels_sha256: str
     versions: str  # JSON, of what made it
+    figures: Figures = UNMEASURED  # of the selection
+    dropped: Reason = ""  # why the selection did not keep it; it then lies in `rejected/`
+
+    @property
+    def kept(self) -> bool:
+        return not self.dropped
 
     def path(self) -> Path:
         """The file's place inside the synthesis folder."""
@@ -59,7 +65,8 @@ class Record:
             "class": self.class_name,
             "index": self.index,
             "kept": self.kept,
-            "distance": self.distance,
+            "dropped": self.dropped or None,
+            **self.figures._asdict(),
             "pixels_sha256": self.pixels_sha256,
         }
 
@@ -87,7 +94,8 @@ def encode_png(pixels: Pixels, record: Record) -> bytes:
         "index": record.index,
         "seed": record.seed,
         "kept": "true" if record.kept else "false",
-        "distance": "" if record.distance is None else repr(record.distance),
+        "dropped": record.dropped,
+        **{name: "" if figure is None else repr(figure) for name, figure in record.figures._asdict().items()},
         "pixels_sha256": record.pixels_sha256,
         "versions": record.versions,
     }.items():
@@ -119,10 +127,10 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
             class_name=class_name,
             index=int(text["index"]),
             seed=int(text["seed"]),
-            kept=text["kept"] == "true",
-            distance=float(text["distance"]) if text["distance"] else None,
             pixels_sha256=text["pixels_sha256"],
             versions=text["versions"],
+            figures=Figures(**{name: float(text[name]) if text[name] else None for name in Figures._fields}),
+            dropped=_REASON[text["dropped"]],
         )
     except Exception as error:  # the parsers of damaged files raise OSError, SyntaxError, struct.error, KeyError and more
         raise DataError(f"{origin} is damaged or not a synthesized image: {str(error) or type(error).__name__}", remedy) from error
@@ -191,7 +199,9 @@ def read_images(folder: Path) -> tuple[Pixels, Labels]:
 # -------------------------------------------------------------------------------------------------------------- sheets
 
 BACKGROUND, INK, FAINT = 255, 32, 150  # gray levels: dark on light
+RED = (200, 30, 30)
 LEGIBLE_PX = 48  # images smaller than this are scaled up by a whole factor
+LARGEST_PAIR_PX = 128  # images of a pair larger than this are reduced by a whole factor
 
 
 def grid_png(images: Tensor, columns: int, scale: int = 0) -> bytes:
@@ -250,6 +260,80 @@ def contact_sheet(rows: Sequence[SheetRow], originals: int = 4, generated: int =
         x = right - split / 2 - gap / 2
         draw.line([(x, margin + head), (x, margin + head + len(rows) * (height + gap) - gap)], fill=(FAINT,) * 3)
     return _png(np.asarray(canvas))
+
+
+@dataclass(frozen=True)
+class PairTile:
+    """A generated image beside its nearest real one, (H, W, C) uint8 each."""
+
+    generated: Pixels
+    real: Pixels
+    distance: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class PairsRow:
+    """One class of a sheet of pairs: the pairs found by pixels, and those found by features."""
+
+    name: str
+    by_pixels: Sequence[PairTile]
+    by_features: Sequence[PairTile]
+
+
+def pairs_sheet(rows: Sequence[PairsRow], copy_ratio: float) -> bytes:
+    """PNG: a row a class, generated images each beside its nearest real one, under them their ratio and distance; copies in red."""
+    assert rows and rows[0].by_pixels, "a sheet needs a pair"
+    blocks = [
+        ("nearest real images by pixels", [row.by_pixels for row in rows]),
+        ("nearest real images by features", [row.by_features for row in rows]),
+    ]
+    blocks = [(title, column) for title, column in blocks if any(column)]
+    side = _shown(rows[0].by_pixels[0].generated).shape[0]
+    gap, split, margin, head, foot, caption = 10, 28, 16, 28, 30, 20
+    pair = 2 * side + 2
+    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    label_width = max(40, min(200, max(math.ceil(font.getlength(_legible(row.name))) for row in rows)))
+    widths = [max(len(tiles) for tiles in column) * (pair + gap) - gap for _, column in blocks]
+    left = margin + label_width + 12
+    legend = f"Generated | its nearest real image. Under it: d1 / d2 \N{MIDDLE DOT} d1. In red: copies, d1 / d2 at most {copy_ratio:.2g}."
+    width = max(left + sum(widths) + split * (len(blocks) - 1), margin + math.ceil(small.getlength(legend))) + margin
+    row_height = side + caption + gap
+    canvas = Image.new("RGB", (width, margin + head + len(rows) * row_height + foot), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(rows):
+        name = _fitted(row.name, font, label_width)
+        draw.text((margin, margin + head + i * row_height + side / 2), name, fill=(INK,) * 3, font=font, anchor="lm")
+    for (title, column), block_width in zip(blocks, widths, strict=True):
+        draw.text((left, margin), _fitted(title, small, block_width + split), fill=(FAINT,) * 3, font=small)
+        for i, tiles in enumerate(column):
+            for j, tile in enumerate(tiles):
+                x, y = left + j * (pair + gap), margin + head + i * row_height
+                color = RED if tile.ratio <= copy_ratio else (FAINT,) * 3
+                canvas.paste(_image(_shown(tile.generated)), (x, y))
+                canvas.paste(_image(_shown(tile.real)), (x + side + 2, y))
+                if tile.ratio <= copy_ratio:
+                    draw.rectangle([x - 3, y - 3, x + pair + 2, y + side + 2], outline=RED, width=2)
+                draw.text(
+                    (x + pair / 2, y + side + 5),
+                    f"{tile.ratio:.2f} \N{MIDDLE DOT} {tile.distance:.3g}",
+                    fill=color,
+                    font=small,
+                    anchor="mt",
+                )
+        left += block_width + split
+    draw.text((margin, margin + head + len(rows) * row_height + 4), legend, fill=(FAINT,) * 3, font=small)
+    return _png(np.asarray(canvas))
+
+
+def _shown(pixels: Pixels) -> Pixels:
+    """One image at a size to look at: small ones enlarged without blur, large ones reduced."""
+    factor = math.ceil(pixels.shape[0] / LARGEST_PAIR_PX)
+    if factor > 1:
+        reduced: Pixels = np.asarray(_image(pixels).reduce(factor), dtype=np.uint8)
+        pixels = reduced.reshape((*reduced.shape[:2], pixels.shape[2]))
+    enlarged: Pixels = _scaled(pixels[None], 0)[0]
+    return enlarged
 
 
 def _scaled(images: Pixels, scale: int) -> Pixels:

@@ -1,36 +1,61 @@
-"""What a synthesis folder holds and lacks: the images on its shelf, the queue of those still to be made, the guidance figures."""
+"""What a synthesis folder holds and lacks: the images on its shelf, their yield, the queue of those to be made, the guidance figures."""
 
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engines import store
-from engines.data.decode import Pixels
+from engines.data.decode import Pixels, read_regular_file
 from engines.data.names import slug
 from engines.diffusion.sampler import StepLog
 from engines.errors import ConflictError
 from engines.recipe import Recipe
+from engines.synthesis import select
 from engines.synthesis.plan import ImageId, Plan
-from engines.synthesis.sheet import REJECTED, Record, decode_png, scan_class
+from engines.synthesis.select import REASONS
+from engines.synthesis.sheet import MAX_PNG_BYTES, REJECTED, Record, decode_png, scan_class
+
+YIELD_FILE = "yield.json"
 
 
 @dataclass(frozen=True)
 class ClassYield:
-    """What a folder holds of a class that was asked for, after the job."""
+    """What a folder holds of a class after a job, and how many images it took."""
 
     class_id: int
     name: str
     asked: int
     kept: int  # at least `asked`, unless the selection gave up
     made: int  # by this job, the dropped ones among them
-    rejected: int  # in all
+    dropped: Mapping[str, int]  # images in all by reason, each of REASONS
     folder: Path
+
+    @property
+    def rejected(self) -> int:
+        """Dropped images in all."""
+        return sum(self.dropped.values())
+
+    @property
+    def share(self) -> float | None:
+        """The share of the images made so far that the selection kept; None where none was made."""
+        return self.kept / (self.kept + self.rejected) if self.kept + self.rejected else None
+
+    @property
+    def short(self) -> int:
+        """Images that were asked for and are not there."""
+        return max(0, self.asked - self.kept)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values. `yield` is the share kept."""
+        figures = {"kept": self.kept, "made": self.made, "rejected": self.rejected, "dropped": dict(self.dropped), "yield": self.share}
+        return {"class": self.name, "asked": self.asked, **figures, "short": self.short, "folder": str(self.folder)}
 
 
 @dataclass
@@ -79,18 +104,35 @@ class Shelf:
         lines = [self.images[k][i].line() for k in sorted(self.images) for i in sorted(self.images[k])]
         store.write_text(self.folder / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
-    def first(self, class_id: int, count: int) -> list[Pixels]:
-        """The first kept images of a class, read back."""
-        records = [r for _, r in sorted(self.images[class_id].items()) if r.kept][:count]
-        paths = [self.folder / record.path() for record in records]
-        return [decode_png(path.read_bytes(), self.plan.names[class_id], str(path))[0] for path in paths]
+    def kept_records(self, class_id: int) -> list[Record]:
+        """The records of the images of a class that the selection kept, by index."""
+        return [record for _, record in sorted(self.images[class_id].items()) if record.kept]
+
+    def read(self, records: Iterable[Record]) -> Pixels:
+        """(n, H, W, C) uint8, read back. Raises DataError where a file was damaged meanwhile."""
+        channels, height, width = self.plan.identity["image"]
+        images = [self._read(record) for record in records]
+        return np.stack(images) if images else np.empty((0, height, width, channels), dtype=np.uint8)
+
+    def _read(self, record: Record) -> Pixels:
+        path = self.folder / record.path()
+        return decode_png(read_regular_file(path, MAX_PNG_BYTES), record.class_name, str(path))[0]
 
     def yield_of(self, class_id: int, asked: int) -> ClassYield:
         """What there is of a class now."""
-        name, kept = self.plan.names[class_id], self.kept(class_id)
-        rejected = len(self.images[class_id]) - kept
-        folder = self.folder / slug(name, class_id)
-        return ClassYield(class_id, name, asked, kept, self.made.get(class_id, 0), rejected, folder)
+        name = self.plan.names[class_id]
+        reasons = Counter[str](record.dropped for record in self.images[class_id].values())
+        dropped = {str(reason): reasons[reason] for reason in REASONS}
+        return ClassYield(class_id, name, asked, reasons[""], self.made.get(class_id, 0), dropped, self.folder / slug(name, class_id))
+
+    def write_yield(self, wanted: Mapping[int, int]) -> None:
+        """The yield of every class of the folder, from what its images say, whatever jobs made them; `wanted` by this one."""
+        rows = []
+        for k in sorted(self.images):
+            found = self.yield_of(k, wanted.get(k, 0))
+            made = found.kept + found.rejected
+            rows.append(found.to_json() | {"asked": wanted.get(k), "made": made, "folder": found.folder.name})
+        store.write_json(self.folder / YIELD_FILE, rows)
 
 
 class Queue:
@@ -98,7 +140,7 @@ class Queue:
 
     def __init__(self, shelf: Shelf, wanted: Mapping[int, int], recipe: Recipe) -> None:
         self.batch_size = recipe.synth.batch_size
-        tries = recipe.select.max_tries if recipe.select.distance_band else 1.0
+        tries = recipe.select.max_tries if select.is_on(recipe.select) else 1.0
         self._last = {k: round(tries * n) + recipe.synth.max_bad for k, n in wanted.items()}
         self._taken = {k: set(shelf.images[k]) for k in wanted}
         self._next = dict.fromkeys(wanted, 0)
@@ -129,7 +171,10 @@ class Queue:
 
 
 class GuidanceLog:
-    """The sampler's figures, averaged at each timestep over all batches of a folder: guidance.json."""
+    """The sampler's figures, averaged at each timestep over all batches of a folder: guidance.json.
+
+    Written after each batch, before its images: a kill loses the figures of no image, and counts a batch that it cut short twice.
+    """
 
     def __init__(self, sums: dict[int, list[float]], batches: int) -> None:
         self._sums = sums

@@ -26,14 +26,16 @@ from engines.data.images import ImageSet
 from engines.data.longtail import LongTail
 from engines.data.names import shorten
 from engines.diffusion.sampler import StepLog
-from engines.errors import ConflictError, NumericsError
+from engines.errors import ConflictError, NumericsError, UsageError
 from engines.interrupt import StopRequest, catch_signals
+from engines.networks.guide import Guide
 from engines.progress import Report, silent
 from engines.store import RunFolder
 from engines.synthesis import plan as plans
+from engines.synthesis.copies import Copies, find_copies
 from engines.synthesis.maker import Drawn, GivenUp, Maker, open_maker
 from engines.synthesis.plan import ImageId, Model
-from engines.synthesis.select import Band, class_bands, distance_to, keeps
+from engines.synthesis.select import UNMEASURED, Band, class_bands, measure, reason_to_drop
 from engines.synthesis.sheet import Record, SheetRow, contact_sheet, encode_png, pixels_sha256, versions_text
 from engines.synthesis.shelf import ClassYield, GuidanceLog, Queue, Shelf
 
@@ -57,8 +59,10 @@ class Synthesis:
     engine: str
     classes: tuple[ClassYield, ...]
     not_finite: int
-    seconds: float
+    seconds: float  # of making them
     sheet: Path
+    copies: Copies | None = None  # None where nothing was compared with the training images
+    copy_warnings: tuple[str, ...] = ()
 
     @property
     def made(self) -> int:
@@ -69,6 +73,16 @@ class Synthesis:
     def images_per_second(self) -> float:
         """0 where nothing was left to make."""
         return self.made / self.seconds if self.made else 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user must not miss, a line each: classes with fewer images than asked for, classes of copies."""
+        short = (
+            f"{shorten(c.name)}: {c.kept} of {c.asked} images; the selection kept {c.kept} of {c.kept + c.rejected} made"
+            for c in self.classes
+            if c.short
+        )
+        return (*short, *self.copy_warnings)
 
 
 def synthesize(
@@ -85,7 +99,7 @@ def synthesize(
         run: trained and, unless `synth.engine` is "torch", exported. Its recipe's [synth] and [select] say how.
         wanted: images by class id; see `plan.asked_classes` and `plan.fill_classes`.
         out: where to; default the run's own folder.
-        originals: the run's data, for the contact sheet; the selection needs them.
+        originals: the run's data, for the contact sheet and the search for copies; a distance band needs them.
         workers: batches that run side by side; 0 = one a processor.
 
     Returns: one outcome for each network that took part.
@@ -109,7 +123,8 @@ def synthesize(
         started = time.perf_counter()
         try:
             with catch_signals() as stop:
-                results.append(make_folder(folder, maker, classes, originals, workers or _processors(), report, stop))
+                guide = maker.guide or _trained_guide(run)
+                results.append(make_folder(folder, maker, classes, originals, workers or _processors(), report, stop, guide))
         finally:
             run.add_cost("synth", time.perf_counter() - started)
     return results
@@ -132,12 +147,15 @@ def summary(parts: Sequence[Synthesis]) -> dict[str, Any]:
         "not_finite": sum(part.not_finite for part in parts),
         "seconds": sum(part.seconds for part in parts),
         "images_per_second": sum(part.made for part in parts) / max(sum(part.seconds for part in parts), 1e-9),
-        "classes": [
-            {"class": c.name, "asked": c.asked, "kept": c.kept, "made": c.made, "rejected": c.rejected, "folder": str(c.folder)}
-            for part in parts
-            for c in part.classes
-        ],
+        "short": sum(c.short for part in parts for c in part.classes),
+        "classes": [c.to_json() for part in parts for c in part.classes],
+        "copies": {str(part.folder): _copies_of(part.copies) for part in parts if part.copies},
+        "warnings": [line for part in parts for line in part.warnings],
     }
+
+
+def _copies_of(copies: Copies) -> dict[str, Any]:
+    return {space: copies.total(space)._asdict() | {"share": copies.total(space).share} for space in copies.usual}
 
 
 def make_folder(
@@ -148,8 +166,9 @@ def make_folder(
     workers: int = 1,
     report: Report = silent,
     stop: StopRequest | None = None,
+    guide: Guide | None = None,
 ) -> Synthesis:
-    """`synthesize` for one network and one folder."""
+    """`synthesize` for one network and one folder; `guide` is whose features tell copies, besides pixels."""
     stop = stop or StopRequest()
     plans.check_folder(folder)
     maker.check_classes(wanted)
@@ -160,17 +179,25 @@ def make_folder(
         queue = Queue(shelf, wanted, maker.recipe)
         store.require_space(folder, queue.missing * (int(np.prod(maker.engine.card.shape)) * BYTES_PER_VALUE + BYTES_PER_IMAGE))
         bands = _bands(maker, originals, wanted)
-        log = GuidanceLog.open(folder)
-        try:
-            _work(maker, bands, shelf, queue, log, workers, report, stop)
-        finally:
-            log.write(folder)
+        _work(maker, bands, shelf, queue, GuidanceLog.open(folder), workers, report, stop)
         shelf.write_manifest()
+        shelf.write_yield(wanted)
         sheet = folder / "sheet.png"
         store.write_bytes(sheet, contact_sheet(list(_sheet_rows(shelf, wanted, originals))))
-    yields = tuple(shelf.yield_of(k, n) for k, n in wanted.items())
-    seconds = time.perf_counter() - started
-    return Synthesis(folder, maker.plan.id, maker.model, maker.engine.card.kind, yields, shelf.not_finite, seconds, sheet)
+        seconds = time.perf_counter() - started
+        copies = find_copies(shelf, originals.train, guide, maker.recipe, workers, report, stop) if originals else None
+    return Synthesis(
+        folder,
+        maker.plan.id,
+        maker.model,
+        maker.engine.card.kind,
+        tuple(shelf.yield_of(k, n) for k, n in wanted.items()),
+        shelf.not_finite,
+        seconds,
+        sheet,
+        copies,
+        tuple(copies.warnings(originals.train)) if copies and originals else (),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -231,6 +258,7 @@ def _work(
                     except GivenUp:
                         continue
                     log.add(batch.log)
+                    log.write(shelf.folder)
                     for image in drawn:
                         kept = _commit(maker, bands, shelf, image)
                         made += kept
@@ -256,21 +284,20 @@ def _commit(maker: Maker, bands: Mapping[int, Band], shelf: Shelf, drawn: Drawn)
                 "--engine torch tells whether the engine or the network is at fault",
             )
         return False
-    distance = distance_to(bands[k], drawn.feature) if drawn.feature is not None else None
-    kept = distance is None or keeps(bands[k], distance, maker.recipe.select.distance_band)
+    figures = measure(*drawn.seen, k, bands.get(k)) if drawn.seen else UNMEASURED
     record = Record(
         plan=maker.plan.id,
         class_id=k,
         class_name=maker.plan.names[k],
         index=drawn.image.index,
         seed=maker.recipe.synth.seed,
-        kept=kept,
-        distance=distance,
         pixels_sha256=pixels_sha256(pixels),
         versions=versions_text(maker.plan.versions),
+        figures=figures,
+        dropped=reason_to_drop(figures, maker.recipe.select),
     )
     shelf.put(record, encode_png(pixels, record))
-    return kept
+    return record.kept
 
 
 @contextlib.contextmanager
@@ -295,12 +322,8 @@ def _sheet_rows(shelf: Shelf, wanted: Mapping[int, int], originals: LongTail | N
     shape = tuple(shelf.plan.identity["image"])
     empty = np.empty((0, shape[1], shape[2], shape[0]), dtype=np.uint8)
     for k in list(wanted)[:SHEET_CLASSES]:
-        generated = shelf.first(k, SHEET_IMAGES)
-        yield SheetRow(
-            shelf.plan.names[k],
-            _first_of(originals.train, k) if originals else empty,
-            np.stack(generated) if generated else empty,
-        )
+        generated = shelf.read(shelf.kept_records(k)[:SHEET_IMAGES])
+        yield SheetRow(shelf.plan.names[k], _first_of(originals.train, k) if originals else empty, generated)
 
 
 def _first_of(images: ImageSet, class_id: int) -> Pixels:
@@ -309,6 +332,15 @@ def _first_of(images: ImageSet, class_id: int) -> Pixels:
 
 def _is_ready(run: RunFolder, model: Model) -> bool:
     return run.stage(model).exists() if run.recipe.synth.engine == "torch" else onnx_path(run, model).exists()
+
+
+def _trained_guide(run: RunFolder) -> Guide | None:
+    from engines.training.stages import load_guide
+
+    try:
+        return load_guide(run).requires_grad_(False)
+    except UsageError:  # not trained: nothing but the comparison of features would have needed it
+        return None
 
 
 def _processors() -> int:

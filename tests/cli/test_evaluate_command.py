@@ -56,7 +56,7 @@ def synthesized(run: RunFolder) -> RunFolder:
     for class_id in (8, 9):
         for index in range(3):
             pixels = random.integers(0, 255, (8, 8, 1), dtype=np.uint8)
-            record = Record("p", class_id, names[class_id], index, 0, True, None, pixels_sha256(pixels), "{}")
+            record = Record("p", class_id, names[class_id], index, 0, pixels_sha256(pixels), "{}")
             store.write_bytes(run.synth / record.path(), encode_png(pixels, record))
             store.append_json(run.synth / "manifest.jsonl", record.line())
     return run

@@ -36,6 +36,7 @@ def run_of(path: Path, **sections: Any) -> RunFolder:
         "synth.guidance_interval=[0, 500]",
         "synth.classifier_free_scale=0.5",
         "select.distance_band=2.0",
+        "select.confidence=0.5",
         "diffusion.noise_schedule=cosine",
     ],
 )
@@ -44,7 +45,8 @@ def test_whatever_changes_pixels_changes_the_plan(override: str, make_maker: Any
 
 
 @pytest.mark.parametrize(
-    "override", ["synth.fill_to=9", "synth.max_bad=1", "synth.engine=torch", "select.max_tries=9.0", "export.opset=21"]
+    "override",
+    ["synth.fill_to=9", "synth.max_bad=1", "synth.engine=torch", "select.max_tries=9.0", "select.copy_ratio=0.0", "export.opset=21"],
 )
 def test_what_does_not_change_pixels_does_not_change_the_plan(override: str, make_maker: Any) -> None:
     assert make_maker(override).plan.id == make_maker().plan.id

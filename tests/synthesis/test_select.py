@@ -1,4 +1,4 @@
-"""The distance band, by hand."""
+"""The filters, by hand: the distance band, the guide's confidence, and why an image is dropped."""
 
 from __future__ import annotations
 
@@ -6,22 +6,94 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from engines.synthesis.select import class_band, distance_to, keeps
+from engines.recipe import SelectSection
+from engines.synthesis.select import Figures, class_band, is_on, look, measure, reason_to_drop
+
+
+def select(**settings: float) -> SelectSection:
+    return SelectSection(**settings)
 
 
 def test_the_reach_is_the_largest_distance_between_two_real_images() -> None:
     band = class_band(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 2.0]]))
     assert band.reach == pytest.approx(5.0)
     assert torch.allclose(band.mean, torch.tensor([1.0, 2.0]))
-    assert distance_to(band, torch.tensor([2.0, 3.0])) == pytest.approx(math.sqrt(2))
+    figures = measure(torch.tensor([2.0, 3.0]), torch.tensor([0.25, 0.75]).log(), 1, band)
+    assert figures == pytest.approx((math.sqrt(2), 5.0, 0.75))
+
+
+def test_the_reach_of_a_class_drawn_together_is_not_rounded_away() -> None:
+    """Thirty unit vectors within 1e-3: products of float32 would be off by as much."""
+    center = nn.functional.normalize(torch.ones(1, 128), dim=1)
+    features = center.repeat(30, 1)
+    features[0, 0] += 1e-3
+    assert class_band(features).reach == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_an_image_is_kept_up_to_the_band_and_dropped_beyond() -> None:
-    band = class_band(torch.tensor([[0.0], [2.0]]))
-    assert keeps(band, 4.0, width=2.0)
-    assert not keeps(band, 4.001, width=2.0)
+    assert reason_to_drop(Figures(4.0, 2.0, 0.1), select(distance_band=2.0)) == ""
+    assert reason_to_drop(Figures(4.001, 2.0, 0.1), select(distance_band=2.0)) == "distance"
 
 
-def test_a_class_of_one_image_has_no_band() -> None:
-    assert keeps(class_band(torch.ones(1, 3)), 100.0, width=1.0)
+def test_an_image_is_kept_from_the_confidence_on_and_dropped_below() -> None:
+    assert reason_to_drop(Figures(confidence=0.8), select(confidence=0.8)) == ""
+    assert reason_to_drop(Figures(confidence=0.79), select(confidence=0.8)) == "confidence"
+
+
+def test_both_reasons_are_told() -> None:
+    assert reason_to_drop(Figures(4.001, 2.0, 0.79), select(distance_band=2.0, confidence=0.8)) == "both"
+
+
+@pytest.mark.parametrize("real", [1, 4])
+def test_a_class_of_one_image_or_of_one_image_many_times_has_no_band(real: int) -> None:
+    band = class_band(torch.ones(real, 3))
+    figures = measure(torch.full((3,), 100.0), torch.zeros(2), 0, band)
+    assert figures.reach is None
+    assert reason_to_drop(figures, select(distance_band=1.0)) == ""
+
+
+@given(st.floats(0, 10), st.floats(0, 1), st.floats(0.1, 5), st.floats(0.01, 1), st.floats(0, 5), st.floats(0, 1))
+def test_a_looser_filter_never_drops_what_a_tighter_one_keeps(
+    distance: float, confidence: float, width: float, least: float, wider: float, lower: float
+) -> None:
+    figures = Figures(distance, 1.0, confidence)
+    if not reason_to_drop(figures, select(distance_band=width, confidence=least)):
+        assert not reason_to_drop(figures, select(distance_band=width + wider, confidence=least * lower))
+
+
+def test_without_a_filter_everything_is_kept_and_nothing_is_measured() -> None:
+    assert not is_on(select())
+    assert is_on(select(confidence=0.1))
+    assert is_on(select(distance_band=0.1))
+    assert reason_to_drop(Figures(), select()) == ""
+
+
+class KnownGuide(nn.Module):
+    """f(x, t) = (cos, sin) of the first pixel, and keeps the t of its calls; prototypes at 0 and at a right angle."""
+
+    tau = 0.5
+    prototypes = torch.eye(2)
+    log_prior = torch.tensor([0.9, 0.1]).log()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.times.append(t)
+        angle = x[:, 0, 0, 0]
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def test_the_confidence_is_equation_12_of_the_clean_image_in_one_pass() -> None:
+    guide = KnownGuide()
+    x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    seen = look(guide, x)  # type: ignore[arg-type]
+    assert [t.tolist() for t in guide.times] == [[0, 0]]
+    for row, angle in enumerate((0.0, 1.0)):
+        head, tail = 0.9 * math.exp(math.cos(angle) / 0.5), 0.1 * math.exp(math.sin(angle) / 0.5)
+        assert measure(seen.features[row], seen.log_probs[row], 1, None).confidence == pytest.approx(tail / (head + tail))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from engines import store
 from engines.errors import DataError
+from engines.synthesis.select import Figures
 from engines.synthesis.sheet import (
     Record,
     SheetRow,
@@ -34,7 +35,8 @@ def image(channels: int = 3, seed: int = 0) -> np.ndarray:
 
 
 def record_of(pixels: np.ndarray, class_id: int = 2, name: str = "black_swan", index: int = 7, kept: bool = True) -> Record:
-    return Record(PLAN, class_id, name, index, 5, kept, None if kept else 1.25, pixels_sha256(pixels), '{"torch": "2"}')
+    figures = Figures() if kept else Figures(1.25, 0.5, 1 / 3)
+    return Record(PLAN, class_id, name, index, 5, pixels_sha256(pixels), '{"torch": "2"}', figures, "" if kept else "both")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

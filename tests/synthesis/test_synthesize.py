@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engines import store
+from engines.data.batches import to_tensor
 from engines.data.longtail import prepare
 from engines.errors import ConflictError, EngineError, Interrupted, NumericsError, UsageError
 from engines.interrupt import StopRequest
@@ -28,7 +31,8 @@ from engines.synthesis import maker as makers
 from engines.synthesis import synthesize as synthesis
 from engines.synthesis.maker import Maker
 from engines.synthesis.plan import ImageId
-from engines.synthesis.sheet import read_images
+from engines.synthesis.select import Band, Figures, look
+from engines.synthesis.sheet import decode_png, read_images
 from engines.synthesis.synthesize import make_folder, synthesize
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,9 +43,12 @@ HOSTILE = [
 WANTED = {0: 3, 2: 6}
 
 
+NOT_IMAGES = (".lock", "sheet.png", "guidance.json", "yield.json")  # what was asked for, and how it came about, is theirs
+
+
 def images_of(folder: Path) -> dict[str, str]:
     """Every PNG of a folder, its sheet left out, and the manifest, by sha256."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "sheet.png", "guidance.json")]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_IMAGES]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -300,31 +307,147 @@ def test_too_many_images_that_are_not_finite_end_the_job(make_maker: Any, tmp_pa
     assert not list((tmp_path / "synth").glob("*/*.png"))
 
 
-def test_the_selection_makes_dropped_images_again_with_the_next_index_and_resumes_alike(
-    make_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    maker: Maker = make_maker("select.distance_band=1.0", "select.max_tries=3.0")
-    features = {i: maker.draw([ImageId(2, i)], silent_log)[0].feature for i in range(12)}
-    band = synthesis.Band(torch.zeros(8), 1.0)
-    kept = {i for i in range(12) if i % 3}  # 0, 3, 6, 9 are dropped
-    known = {tuple(feature.tolist()): i for i, feature in features.items() if feature is not None}
-    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: band})
-    monkeypatch.setattr(synthesis, "distance_to", lambda _, feature: 0.5 if known[tuple(feature.tolist())] in kept else 2.0)
-    result = make_folder(tmp_path / "a", maker, {2: 4})
+FEATURES: dict[tuple[int, int], Tensor] = {}
+
+
+def feature_of(maker: Maker, class_id: int, index: int) -> Tensor:
+    """What the guide sees in an image, drawn once: these tests' settings change the plan, not the pixels."""
+    if (class_id, index) not in FEATURES:
+        seen = maker.draw([ImageId(class_id, index)], silent_log)[0].seen
+        assert seen is not None
+        FEATURES[class_id, index] = seen[0]
+    return FEATURES[class_id, index]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, maker: Maker, figures: Mapping[int, Figures]) -> None:
+    """Let the guide find these figures in the images of class 2, by index."""
+    known = {tuple(feature_of(maker, 2, index).tolist()): figure for index, figure in figures.items()}
+    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: Band(torch.zeros(8), 1.0)})
+    monkeypatch.setattr(synthesis, "measure", lambda feature, *_: known[tuple(feature.tolist())])
+
+
+FAR, UNSURE, BOTH, GOOD = Figures(2.0, 1.0, 0.9), Figures(0.5, 1.0, 0.1), Figures(2.0, 1.0, 0.1), Figures(0.5, 1.0, 0.9)
+EVERY_THIRD_IS_BAD = {i: GOOD if i % 3 else (FAR, UNSURE, BOTH, FAR)[i // 3] for i in range(12)}
+
+
+@pytest.fixture
+def choosy(make_maker: Any, monkeypatch: pytest.MonkeyPatch) -> Maker:
+    maker: Maker = make_maker("select.distance_band=1.0", "select.confidence=0.5", "select.max_tries=3.0")
+    pretend(monkeypatch, maker, EVERY_THIRD_IS_BAD)
+    return maker
+
+
+def test_the_selection_makes_dropped_images_again_with_the_next_index_and_resumes_alike(choosy: Maker, tmp_path: Path) -> None:
+    result = make_folder(tmp_path / "a", choosy, {2: 4})
     names = sorted(path.relative_to(tmp_path / "a" / "two-0002").as_posix() for path in (tmp_path / "a").rglob("0*.png"))
     assert names == ["000001.png", "000002.png", "000004.png", "000005.png", "rejected/000000.png", "rejected/000003.png"]
     assert (result.classes[0].kept, result.classes[0].rejected, result.classes[0].made) == (4, 2, 6)
     assert len(read_images(tmp_path / "a")[0]) == 4
-    make_folder(tmp_path / "b", maker, {2: 1})
-    make_folder(tmp_path / "b", maker, {2: 4})
+    make_folder(tmp_path / "b", choosy, {2: 1})
+    make_folder(tmp_path / "b", choosy, {2: 4})
     assert images_of(tmp_path / "b") == images_of(tmp_path / "a")
 
 
-def test_a_selection_that_keeps_nothing_gives_up_after_its_tries(make_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker: Maker = make_maker("select.distance_band=1.0", "select.max_tries=2.0", "synth.max_bad=0")
-    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: synthesis.Band(torch.zeros(8), 1e-9)})
-    result = make_folder(tmp_path / "synth", maker, {2: 3})
+def test_the_manifest_says_why_an_image_was_dropped_with_its_figures(choosy: Maker, tmp_path: Path) -> None:
+    make_folder(tmp_path / "synth", choosy, {2: 6})
+    lines = store.read_json_lines(tmp_path / "synth" / "manifest.jsonl")
+    told = {line["index"]: (line["kept"], line["dropped"], line["distance"], line["reach"], line["confidence"]) for line in lines}
+    assert told[0] == (False, "distance", 2.0, 1.0, 0.9)
+    assert told[3] == (False, "confidence", 0.5, 1.0, 0.1)
+    assert told[6] == (False, "both", 2.0, 1.0, 0.1)
+    assert told[1] == (True, None, 0.5, 1.0, 0.9)
+
+
+@given(figures=st.lists(st.sampled_from([FAR, UNSURE, BOTH, GOOD]), min_size=9, max_size=9), asked=st.integers(1, 4))
+@settings(max_examples=10, deadline=None)
+def test_yields_add_up(figures: list[Figures], asked: int, make_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("yield") / "synth"
+    maker: Maker = make_maker("select.distance_band=1.0", "select.confidence=0.5", "select.max_tries=2.0", "synth.max_bad=1")
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, maker, dict(enumerate(figures)))
+        (row,) = make_folder(folder, maker, {2: asked}).classes
+    tries = 2 * asked + 1
+    made = next((i for i in range(asked, tries) if figures[:i].count(GOOD) == asked), tries)
+    tried = figures[:made]
+    assert (row.made, row.kept, row.rejected) == (made, tried.count(GOOD), made - tried.count(GOOD))
+    assert row.short == asked - row.kept
+    assert row.dropped == {"distance": tried.count(FAR), "confidence": tried.count(UNSURE), "both": tried.count(BOTH)}
+    assert row.share == pytest.approx(row.kept / made)
+    assert json.loads((folder / "yield.json").read_text()) == [row.to_json() | {"folder": "two-0002"}]
+    assert [line["kept"] for line in store.read_json_lines(folder / "manifest.jsonl")] == [figure == GOOD for figure in tried]
+
+
+def test_a_selection_that_gives_up_after_its_tries_says_so_and_more_tries_go_on_from_there(
+    make_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters = ("select.confidence=0.5", "synth.max_bad=0")
+    maker: Maker = make_maker(*filters, "select.max_tries=1.0")
+    pretend(monkeypatch, maker, EVERY_THIRD_IS_BAD)
+    result = make_folder(tmp_path / "synth", maker, {2: 6})
+    assert (result.classes[0].kept, result.classes[0].rejected, result.classes[0].short) == (5, 1, 1), "only 3: the band is off"
+    assert result.warnings == ("two: 5 of 6 images; the selection kept 5 of 6 made",)
+    more = make_folder(tmp_path / "synth", make_maker(*filters, "select.max_tries=4.0"), {2: 6})
+    assert (more.classes[0].kept, more.classes[0].made, more.classes[0].short, more.warnings) == (6, 2, 0, ())
+
+
+@pytest.mark.parametrize("override", ["select.confidence=0.999", "select.distance_band=1e-6"])
+def test_any_filter_that_is_on_makes_dropped_images_again(
+    override: str, make_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random guide is sure of nothing, and far from everything."""
+    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: Band(torch.zeros(8), 1e-3)})
+    result = make_folder(tmp_path / "synth", make_maker(override, "select.max_tries=2.0", "synth.max_bad=0"), {2: 3})
     assert (result.classes[0].kept, result.classes[0].rejected) == (0, 6)
+
+
+def test_the_figures_can_be_found_again_from_the_file(make_maker: Any, tmp_path: Path) -> None:
+    maker: Maker = make_maker("select.confidence=0.001")
+    make_folder(tmp_path, maker, {1: 3})
+    assert maker.guide is not None
+    for line in store.read_json_lines(tmp_path / "manifest.jsonl"):
+        pixels, record = decode_png((tmp_path / line["file"]).read_bytes(), "one", "")
+        seen = look(maker.guide, to_tensor(np.stack([pixels])))
+        assert record.figures.confidence == pytest.approx(seen.log_probs[0, 1].exp().item(), rel=1e-4)
+        assert line["distance"] is None, "the band is off"
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_killed_at_any_write_a_selection_continues_with_the_same_reasons(
+    torn: bool, choosy: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "whole", choosy, {2: 5})
+    expected = images_of(tmp_path / "whole")
+    points = 0
+    for write in range(1, 1000):
+        folder = tmp_path / str(write)
+        with monkeypatch.context() as patch:
+            dies_at(patch, write, torn)
+            try:
+                make_folder(folder, choosy, {2: 5})
+            except Killed:
+                points += 1
+            else:
+                break
+        make_folder(folder, choosy, {2: 5})
+        assert images_of(folder) == expected, f"killed at write {write}"
+    assert points > 20
+
+
+def test_a_kill_loses_the_guidance_figures_of_no_image(torch_maker: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for write in range(1, 1000):
+        folder = tmp_path / str(write)
+        with monkeypatch.context() as patch:
+            dies_at(patch, write, torn=False)
+            try:
+                make_folder(folder, torch_maker, {2: 12})
+            except Killed:
+                pass
+            else:
+                break
+        if there := len(list(folder.glob("*/*.png"))):
+            batches = store.read_json(folder / "guidance.json")["batches"]
+            assert 5 * (batches - 1) <= there <= 5 * batches
+    assert store.read_json(folder / "guidance.json")["batches"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------- a whole run

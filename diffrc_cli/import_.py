@@ -9,6 +9,7 @@ import typer
 
 from diffrc_cli import console
 from diffrc_cli.options import ForceOption, JsonOption
+from diffrc_cli.recipe import embedded
 from engines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -113,4 +114,6 @@ def _finish(weights: dict[str, Tensor], card: WeightsCard, target: Path, source:
         for key, value in keys.items():
             console.say(f"{key} = {pretrained.toml_value(value)}")
     console.say()
-    console.say("next: diffrc recipe cp imagenet-lt-256 mine.toml, put these lines in it, diffrc train mine.toml --data DIR")
+    near = f"imagenet-lt-{card.architecture.image_size_px}"
+    start = near if near in embedded() else "folder"
+    console.say(f"next: diffrc recipe cp {start} mine.toml, give its keys these values, diffrc train mine.toml --data DIR")

@@ -249,11 +249,12 @@ def _card(c: UNet2DConfig, scheduler: SchedulerConfig | None) -> WeightsCard:
         resblock_updown="resnet" in _resampling(c),
         use_scale_shift_norm=c.resnet_time_scale_shift == "scale_shift",
     )
-    null_label = bool((c.model_extra or {}).get(NULL_LABEL_KEY, False))
+    rows = c.num_class_embeds or 0
+    null_label = rows > 1 and (c.model_extra or {}).get(NULL_LABEL_KEY) is True
     return WeightsCard(
         architecture=architecture,
         out_channels=c.out_channels,
-        classes=(c.num_class_embeds or 0) - null_label,
+        classes=rows - null_label,
         null_label=null_label,
         noise_schedule=_noise_schedule(scheduler) if scheduler else None,
         diffusion_steps=scheduler.num_train_timesteps if scheduler else None,

@@ -7,11 +7,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from engines import recipe as recipes
@@ -41,7 +41,7 @@ class WeightsCard(BaseModel):
     format: Literal[1] = 1
     architecture: Architecture
     out_channels: int  # C, or 2C with a learned variance
-    classes: int  # rows of the label embedding that stand for a class, 0 = unconditional
+    classes: Annotated[int, Field(ge=0)]  # rows of the label embedding that stand for a class, 0 = unconditional
     null_label: bool = False  # whether one more row follows them, the null label
     noise_schedule: Literal["linear", "cosine"] | None = None  # None: unknown
     diffusion_steps: int | None = None  # T; None: unknown
@@ -50,7 +50,7 @@ class WeightsCard(BaseModel):
     @property
     def label_rows(self) -> int:
         """Rows of the label embedding, as `UNet` counts them."""
-        return self.classes + self.null_label
+        return self.classes + self.null_label if self.classes else 0
 
     @property
     def learn_sigma(self) -> bool:
@@ -197,7 +197,7 @@ def _notes(card: WeightsCard, unet: UNet, diffusion: DiffusionSection | None) ->
             "each row of the label table starts as the mean of theirs"
         )
     elif card.classes and not card.null_label:
-        notes.append("the pre-trained weights have no null label: it starts as the mean of their classes")
+        notes.append("the pre-trained weights have no null label: it starts as the mean of their classes, taken in this run's order")
     if diffusion and not (card.noise_schedule and card.diffusion_steps):
         notes.append("the pre-trained weights do not say which noise schedule they were trained on: the recipe's is assumed")
     return notes

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engines import store
 from engines.diffusion.schedule import make_schedule
 from engines.errors import DataError, UsageError
 from engines.networks import diffusers_folder
-from engines.networks.diffusers_folder import WEIGHTS, read, write
+from engines.networks.diffusers_folder import WEIGHTS, UNet2DConfig, read, write
 from engines.networks.unet import Architecture, UNet
 from engines.recipe import Recipe, validate
 
@@ -319,6 +321,23 @@ def test_a_scheduler_without_betas_is_refused(folder: Path) -> None:
 def test_a_damaged_or_foreign_config_is_refused(text: str, words: str, folder: Path) -> None:
     store.write_text(folder / "unet" / "config.json", text)
     assert words in refusal(folder)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    key=st.sampled_from(sorted(UNet2DConfig.model_fields)),
+    value=st.none() | st.booleans() | st.integers(-4, 40) | st.floats() | st.text(max_size=4) | st.lists(st.integers(-1, 64), max_size=3),
+)
+def test_whatever_a_key_holds_the_folder_is_read_or_refused(key: str, value: Any, folder: Path) -> None:
+    path = folder / "unet" / "config.json"
+    config = path.read_bytes()
+    store.write_text(path, json.dumps({**json.loads(config), key: value}))
+    try:
+        read(folder)
+    except DataError as error:
+        assert error.remedy
+    finally:
+        store.write_bytes(path, config)
 
 
 def test_weights_that_are_not_safetensors_are_refused_with_the_way_to_make_them(folder: Path) -> None:

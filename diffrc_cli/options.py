@@ -36,6 +36,7 @@ RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run folder. Default: the latest one in ./runs.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and how long it would take; write nothing.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 NewRunOption = Annotated[
     Path | None,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from diffrc_cli import console
-from diffrc_cli.options import DataOption, DeviceOption, JsonOption, NewRunOption, RecipeArgument, SetOption
-from diffrc_cli.train import estimating, recipe_of_run
+from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, NewRunOption, RecipeArgument, SetOption
+from diffrc_cli.train import estimating, recipe_of_run, show_forecast
 
 
 def run(
@@ -13,6 +13,7 @@ def run(
     run: NewRunOption = None,
     overrides: SetOption = None,
     device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Train, export, fill the tail, evaluate, report: everything in one command; after a kill the same command continues.
@@ -27,6 +28,7 @@ def run(
     from engines.evaluation.accuracy import evaluate_run, verdict
     from engines.evaluation.report import write_report
     from engines.synthesis.synthesize import fill_run
+    from engines.training.forecast import forecast
     from engines.training.stages import choose_device, train_run
 
     settings, path = recipe_of_run(recipe, data, run, overrides)
@@ -38,6 +40,9 @@ def run(
     with console.progress() as report:
         for images in (tail.pool, tail.train, tail.test):  # a damaged image is met before a folder is made, not hours later
             images.preload(report)
+        if dry_run:  # of the training, which takes nearly all of the time
+            show_forecast(forecast(path, settings, tail, where), path, where.type, json)
+            return
         with store.locked(path):
             folder = store.create_run(path, settings)
             train_run(folder, tail, where, estimating(report), console.note)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffrc_cli import console
-from diffrc_cli.options import DataOption, DeviceOption, JsonOption, NewRunOption, RecipeArgument, SetOption
+from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, NewRunOption, RecipeArgument, SetOption
 from diffrc_cli.recipe import resolve
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engines.progress import Report
     from engines.recipe import Recipe
     from engines.store import RunFolder
+    from engines.training.forecast import Forecast
 
 MEASURED_STEPS = 10  # before a rate is believed: the first ones are slower
 LONG_SECONDS = 60.0  # a shorter stage needs no estimate
@@ -26,6 +27,7 @@ def train(
     run: NewRunOption = None,
     overrides: SetOption = None,
     device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Train the source model on the head, adapt it to the tail, and train the guide. The same command continues.
@@ -34,6 +36,7 @@ def train(
     """
     from engines import store
     from engines.data.longtail import prepare
+    from engines.training.forecast import forecast
     from engines.training.stages import choose_device, train_run
 
     settings, path = recipe_of_run(recipe, data, run, overrides)
@@ -41,6 +44,9 @@ def train(
     tail = prepare(settings.data, None)
     with console.progress() as report:
         tail.train.preload(report)  # a damaged image is met before a folder is made
+        if dry_run:
+            show_forecast(forecast(path, settings, tail, where), path, where.type, json)
+            return
         with store.locked(path):
             folder = store.create_run(path, settings)
             trained = train_run(folder, tail, where, estimating(report), console.note)
@@ -80,12 +86,67 @@ def estimating(report: Report) -> Report:
         if measured and what not in told:
             told.add(what)
             if figures["seconds_left"] >= LONG_SECONDS:
-                rate = figures["images_per_second"]
-                images = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-                console.note(f"{what}: {total:,} steps, about {console.duration(figures['seconds_left'])} at {images} images/s")
+                left, rate = console.duration(figures["seconds_left"]), images_rate(figures["images_per_second"])
+                console.note(f"{what}: {total:,} steps, about {left} at {rate} images/s")
         report(what, done, total, figures)
 
     return hear
+
+
+def show_forecast(found: Forecast, path: Path, device: str, json: bool) -> None:
+    """What training would do and take, as a table or as JSON."""
+    stages = found.stages
+    if json:
+        rows = [
+            {
+                "stage": s.status.name,
+                "state": s.status.state,
+                "changes": s.status.changes,
+                "steps": s.status.steps,
+                "steps_left": s.steps_left,
+                "images_per_second": s.images_per_second,
+                "seconds_left": s.seconds_left,
+                "parameters": s.parameters,
+                "disk_bytes": s.disk_bytes,
+                "memory_bytes": s.memory_bytes,
+            }
+            for s in stages
+        ]
+        totals = {"seconds_left": found.seconds_left, "disk_bytes": found.disk_bytes, "free_bytes": found.free_bytes}
+        console.emit_json({"run": str(path), "device": device, "stages": rows, **totals})
+        return
+    for sentence in filter(None, (s.status.sentence(path) for s in stages)):
+        console.prose(sentence)
+    columns = ("stage", "state", "steps left", "images/s", "takes", "parameters", "disk")
+    console.table(
+        "",
+        columns,
+        [
+            (
+                s.status.name,
+                s.status.state,
+                f"{s.steps_left:,}",
+                None if s.images_per_second is None else images_rate(s.images_per_second),
+                console.duration(s.seconds_left) if s.steps_left else None,
+                f"{s.parameters / 1e6:.3g} M",
+                size(s.disk_bytes) if s.disk_bytes else None,
+            )
+            for s in stages
+        ],
+    )
+    memory = max((s.memory_bytes or 0 for s in stages), default=0)
+    on = f"on this {device}" + (f" with {size(memory)} of its memory" if memory else "")
+    console.say(f"in all: {console.duration(found.seconds_left)} {on}; {size(found.disk_bytes)} of disk, {size(found.free_bytes)} are free")
+
+
+def images_rate(rate: float) -> str:
+    """130.44 -> "130", 9.284 -> "9.28"."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def size(count_bytes: int) -> str:
+    """1610612736 -> "1.5 GiB"."""
+    return f"{count_bytes / 2**30:.3g} GiB" if count_bytes >= 2**30 else f"{count_bytes / 2**20:.3g} MiB"
 
 
 def _with_data_path(recipe: Recipe, path: str) -> Recipe:

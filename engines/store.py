@@ -133,13 +133,18 @@ def remove_temporaries(folder: Path) -> None:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Refuse before work starts where the disk cannot hold its result. Raises StorageError."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         need, have = needed_bytes / 2**20, free / 2**20
         raise StorageError(
             f"{folder} needs about {need:,.0f} MiB, the disk has {have:,.0f} MiB", "free some space or choose another folder"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk can take on which a folder lies, or will lie."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 def move_folder(source: Path, destination: Path) -> None:

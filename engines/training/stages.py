@@ -31,7 +31,7 @@ from engines.training.reuse import StageStatus
 from engines.training.source import source_stage
 from engines.training.target import target_stage
 
-BYTES_PER_VALUE = 4 * 4 * (store.CHECKPOINTS_KEPT + 1)  # weights, EMA and two moments in float32, once more while one is written
+BYTES_PER_VALUE = 4 * (store.CHECKPOINTS_KEPT + 1)  # in float32, in each checkpoint, and once more while one is written
 
 
 def train_run(
@@ -58,19 +58,17 @@ def train_run(
     plan = reuse.examine(run.path, recipe, data.kept_sha256, pretrained_sha256)
     for sentence in filter(None, (status.sentence(run.path) for status in plan)):
         tell(sentence)
+    source, guide = new_unet(recipe, len(data.counts)), new_guide(recipe, data.counts)
+    sizes = {"source": parameter_count(source), "target": parameter_count(source), "guide": parameter_count(guide)}
+    store.require_space(run.path, sum(bytes_to_write(run, status, sizes[status.name]) for status in plan))
     reuse.arrange(plan, run.path)
+    if store.newest_state(run.stage("source")) is None:
+        start_from_file(source, recipe, tell)
 
     def train_stage(stage: Stage) -> int:
         identity = reuse.identity(reuse.made_of(recipe, stage.name, data.kept_sha256, pretrained_sha256))
         return _timed(run, replace(stage, identity=identity), device, report)
 
-    source, guide = new_unet(recipe, len(data.counts)), new_guide(recipe, data.counts)
-    _require_space(run, plan, {"source": parameter_count(source), "target": parameter_count(source), "guide": parameter_count(guide)})
-    if recipe.source.pretrained and store.newest_state(run.stage("source")) is None:
-        from engines.networks.pretrained import load_into  # most runs start from nothing
-
-        for note in load_into(source, Path(recipe.source.pretrained), recipe.diffusion):
-            tell(note)
     trained = {"source": train_stage(source_stage(recipe, data, source, device))}
 
     target = build_unet(recipe, len(data.counts))
@@ -90,6 +88,21 @@ def train_run(
     return trained
 
 
+def start_from_file(source: UNet, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Give a source model the weights of source.pretrained, where the recipe names a file.
+
+    Args:
+        tell: hears what was settled between the file and the recipe.
+
+    Raises DataError, UsageError where the file is unusable or does not fit.
+    """
+    if recipe.source.pretrained:
+        from engines.networks.pretrained import load_into  # most runs start from nothing
+
+        for note in load_into(source, Path(recipe.source.pretrained), recipe.diffusion):
+            tell(note)
+
+
 def new_unet(recipe: Recipe, classes: int) -> UNet:
     """The recipe's U-Net with its initial weights: a function of the seed, the network and its name, whatever else is built."""
     torch.manual_seed(torch_generator(recipe.seed, "source/weights").initial_seed())
@@ -100,6 +113,16 @@ def new_guide(recipe: Recipe, class_counts: Indices) -> Guide:
     """The same for the guide."""
     torch.manual_seed(torch_generator(recipe.seed, "guide/weights").initial_seed())
     return build_guide(recipe, class_counts)
+
+
+def bytes_to_write(run: RunFolder, status: StageStatus, parameters: int) -> int:
+    """Bytes of disk that a stage still takes; what its checkpoints hold already counts as its own."""
+    if status.complete:
+        return 0
+    values = 5 if status.name == "target" and run.recipe.target.patience else 4  # weights, EMA, two moments; the best EMA
+    there = status.back or (run.stage(status.name) if not status.aside else None)
+    held_bytes = sum(file.stat().st_size for file in there.rglob("*.safetensors")) if there else 0
+    return max(0, values * BYTES_PER_VALUE * parameters - held_bytes)
 
 
 def choose_device(name: str) -> torch.device:
@@ -130,13 +153,6 @@ def load_guide(run: RunFolder) -> Guide:
     guide = build_guide(run.recipe, torch.tensor(table["counts"]).numpy())
     _load_ema(run, "guide", guide)
     return guide
-
-
-def _require_space(run: RunFolder, plan: list[StageStatus], values: dict[str, int]) -> None:
-    """Refuse where the disk cannot hold what the unfinished stages still write; what they hold already counts as theirs."""
-    unfinished = [status.name for status in plan if not status.complete]
-    held_bytes = sum(file.stat().st_size for stage in unfinished for file in run.stage(stage).rglob("*.safetensors"))
-    store.require_space(run.path, BYTES_PER_VALUE * sum(values[stage] for stage in unfinished) - held_bytes)
 
 
 def _timed(run: RunFolder, stage: Stage, device: torch.device, report: Report) -> int:

@@ -17,6 +17,7 @@ from diffrc_cli.app import main
 from diffrc_cli.train import estimating
 from engines import store
 from engines.progress import silent
+from engines.training import forecast
 
 
 class Outcome(NamedTuple):
@@ -132,3 +133,33 @@ def test_a_long_stage_says_once_how_long_it_takes_when_its_first_steps_are_measu
     report("guide", 5, 100, {"images_per_second": 1300.0, "seconds_left": 30.0})
     report("guide", 50, 100, {"images_per_second": 1300.0, "seconds_left": 30.0})
     assert capsys.readouterr().err == "source: 300,000 steps, about 41h00m at 130 images/s\n"
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_dry_run_is_a_table_of_what_is_left_and_writes_nothing(
+    command: str, tiny_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny_copy.parent.parent)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(forecast, "measure", lambda *_: 4.0)
+    before = {path: path.stat().st_mtime_ns for path in tiny_copy.rglob("*")}
+    words = (command, "--run", "runs/digits-lt", "--dry-run", "--set", "guide.tau=0.7", "--set", "target.train_steps=300000")
+    with pytest.raises(SystemExit) as end:
+        main((*words, "--set", "target.save_every_steps=5000"))
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines[2:]) <= 80
+    kept = lines[1].removesuffix(")").rpartition(" ")[2]
+    assert lines[1] == f"guide: guide.tau = 0.07 -> 0.7; trains again (the old one is kept in {kept})"
+    table = [line.split() for line in lines[2:6]]
+    assert table[0][:3] == ["stage", "state", "steps"]
+    assert table[1][:3] == ["source", "complete", "0"]
+    assert table[2][:5] == ["target", "stale", "300,000", "2", "333h20m"]
+    assert table[3][:5] == ["guide", "stale", "4", "2", "16s"]
+    assert lines[6].startswith("in all: 333h20m on this cpu; ")
+    with pytest.raises(SystemExit):
+        main((*words, "--json"))
+    told = json.loads(capsys.readouterr().out)
+    assert [(s["stage"], s["state"], s["steps_left"]) for s in told["stages"]][2] == ("guide", "stale", 4)
+    assert told["seconds_left"] == 1_200_016
+    assert {path: path.stat().st_mtime_ns for path in tiny_copy.rglob("*")} == before

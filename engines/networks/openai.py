@@ -190,7 +190,7 @@ def _inspect(path: Path, zipped: bool) -> None:
             raise DataError(f"{path} is damaged: the checksum of {damaged} is wrong", REMEDY)
         for member in members:
             if member.filename.endswith(".pkl"):
-                with archive.open(member) as file:
+                with archive.open(member, mode="r") as file:
                     _inspect_pickle(path, file)
 
 

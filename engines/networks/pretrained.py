@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from engines import recipe as recipes
@@ -46,6 +47,14 @@ class WeightsCard(BaseModel):
     noise_schedule: Literal["linear", "cosine"] | None = None  # None: unknown
     diffusion_steps: int | None = None  # T; None: unknown
     origin: dict[str, str] = {}  # of what was imported: {"format": ..., "file": ..., "sha256": ...}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        a = self.architecture
+        counts = (a.image_size_px, a.in_channels, a.model_channels, a.num_res_blocks, a.num_head_channels, *a.channel_mult)
+        if not a.channel_mult or not all(0 < count < math.inf for count in counts) or a.num_heads < 0:
+            raise ValueError("these are no sizes of a network")
+        return self
 
     @property
     def label_rows(self) -> int:

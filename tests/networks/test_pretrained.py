@@ -173,7 +173,9 @@ def test_a_process_that_the_file_does_not_know_is_taken_from_the_recipe_and_note
 # ------------------------------------------------------------------------------------------------------------ damaged files
 
 
-@pytest.mark.parametrize("damage", ["missing", "folder", "empty", "truncated", "torch", "other", "card", "future", "parameter", "shape"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "folder", "empty", "truncated", "torch", "other", "card", "sizes", "future", "parameter", "shape"]
+)
 def test_a_file_that_cannot_be_used_is_refused_with_a_remedy(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     weights = saved(path)
@@ -186,14 +188,20 @@ def test_a_file_that_cannot_be_used_is_refused_with_a_remedy(damage: str, tmp_pa
         store.write_bytes(path, {"empty": b"", "truncated": path.read_bytes()[:-1000], "torch": b"PK\x03\x04" + b"0" * 64}[damage])
     else:
         text = card.model_dump_json()
-        info = {"card": "{}", "future": json.dumps({**json.loads(text), "gates": 3})}.get(damage, text)
+        info = {"card": "{}", "sizes": text.replace("16", "0"), "future": json.dumps({**json.loads(text), "gates": 3})}.get(damage, text)
         if damage == "parameter":
             del weights["out.2.bias"]
         elif damage == "shape":
             weights["out.2.bias"] = torch.zeros(3)
         store.write_tensors(path, weights, {} if damage == "other" else {METADATA_KEY: info})
     problem = refusal(UNet(TINY, 2), path)
-    words = {"torch": "is a torch checkpoint", "other": "was not written by diffrc import", "future": "gates", "shape": "out.2.bias"}
+    words = {
+        "torch": "is a torch checkpoint",
+        "other": "was not written by diffrc import",
+        "sizes": "no sizes of a network",
+        "future": "gates",
+        "shape": "out.2.bias",
+    }
     assert words.get(damage, str(path)) in problem
 
 

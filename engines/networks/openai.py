@@ -122,6 +122,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             float32, float16 or bfloat16 tensors.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise DataError(f"cannot read {path}: it is not a file", REMEDY)
         zipped = zipfile.is_zipfile(path)
         _inspect(path, zipped)
         with warnings.catch_warnings():
@@ -164,7 +166,10 @@ def check_state_dict(state: Mapping[str, Tensor], name: str) -> None:
     lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
     mistakes = [f"{len(items):,} {what} ({_few(items)})" for what, items in lists if items]
     fitting = [other for other in known if other != name and found == shapes(other)]
-    remedy = f"--config {fitting[0]}: that one fits" if fitting else f"none of {_names(known)} fits: {REMEDY}"
+    if fitting:
+        remedy = f"--config {fitting[0]}: that one fits" if fitting[0] in CONFIGURATIONS else f"they are those of {fitting[0]}"
+    else:
+        remedy = f"none of {_names(known)} fits: {REMEDY}"
     raise DataError(f"these are not the weights of {name}: {'; '.join(mistakes)}", remedy)
 
 
@@ -216,7 +221,7 @@ def _names(known: Mapping[str, object]) -> str:
 
 
 def _few(items: list[str], most: int = 3) -> str:
-    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+    return ", ".join(item[:200] for item in items[:most]) + (", ..." if len(items) > most else "")
 
 
 def _kind(value: object) -> str:

@@ -205,11 +205,15 @@ def test_a_published_model_becomes_a_file_that_a_conditional_recipe_starts_from(
     torch.testing.assert_close(rows[5], weights()["label_emb.weight"].mean(0))  # the null label
 
 
-def test_what_does_not_fit_is_told_at_once_and_the_configuration_that_does_is_named(small: str) -> None:
+def test_what_does_not_fit_is_told_at_once_and_the_configuration_that_does_is_named(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_state_dict(weights(), small)
     with pytest.raises(DataError, match=r"not the weights of small-cond: 1 missing \(label_emb.weight\)$") as caught:
         check_state_dict(weights(classes=0), small)
     assert caught.value.remedy == "--config small-uncond: that one fits"
+    monkeypatch.setitem(CLASSIFIERS, "small-classifier", openai.Classifier(SMALL))
+    with pytest.raises(DataError) as caught:
+        check_state_dict(CLASSIFIERS["small-classifier"].build().state_dict(), small)
+    assert caught.value.remedy == "they are those of small-classifier"
     state = weights()
     del state["out.0.bias"], state["out.0.weight"]
     state |= {"extra": torch.zeros(1), "out.2.bias": torch.zeros(3)}
@@ -357,7 +361,8 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -
 
 
 def test_what_is_not_there_or_not_a_file_is_said_so(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.pt", tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "absent.pt", tmp_path, tmp_path / "pipe.pt"):
         with pytest.raises(DataError, match="cannot read"):
             read_state_dict(path)
     for number, content in enumerate((b"", b"PK\x03\x04", b"# text\n" * 100, bytes(1000), b"\x80\x02.", struct.pack("<Q", 2) + b"{}")):

@@ -63,15 +63,16 @@ def test_fill_makes_every_tail_class_as_large_as_n_fill(call: Call) -> None:
     assert made == {name: 12 - n for name, n in zip(names, counts, strict=True) if n < 12}
 
 
-def test_options_reach_the_plan(call: Call) -> None:
+@pytest.mark.parametrize(("steps", "sampler"), [("2", "ddim"), ("ddim2", "dpmpp_2m"), ("1,2", "ddpm")])
+def test_options_reach_the_plan(steps: str, sampler: str, call: Call) -> None:
     done = call(
-        *("synth", "--class", "nine", "--n", "1", "--out", "elsewhere", "--steps", "2", "--sampler", "ddim"),
+        *("synth", "--class", "nine", "--n", "1", "--out", "elsewhere", "--steps", steps, "--sampler", sampler),
         *("--guidance-scale", "0.5", "--seed", "7", "--engine", "torch"),
     )
     assert done.code == 0, done.err
     identity = store.read_json(Path("elsewhere/plan.json"))["identity"]
     keys = ("synth.steps", "synth.sampler", "synth.guidance_scale", "synth.seed", "engine.kind")
-    assert [identity[key] for key in keys] == [2, "ddim", 0.5, 7, "torch"]
+    assert [identity[key] for key in keys] == [int(steps) if steps.isdigit() else steps, sampler, 0.5, 7, "torch"]
     assert not Path("runs/digits-lt/synth").exists()
 
 
@@ -86,7 +87,8 @@ def test_options_reach_the_plan(call: Call) -> None:
         (["synth", "--fill", "--n", "3"], 2, "--n goes with --class", "synth.fill_to"),
         (["synth", "--class", "nien", "--n", "3"], 2, "no class named 'nien'", "nine"),
         (["synth", "--class", "nine", "--n", "3", "--steps", "0"], 2, "synth.steps", "diffrc recipe show"),
-        (["synth", "--class", "nine", "--n", "3", "--steps", "5000"], 2, "exceeds", "diffrc recipe show"),
+        (["synth", "--class", "nine", "--n", "3", "--steps", "5000"], 2, "cannot give 5000", "diffrc recipe show"),
+        (["synth", "--class", "nine", "--n", "3", "--steps", "ddim"], 2, "synth.steps: should be a number of steps", "diffrc recipe show"),
         (["synth", "--class", "nine", "--n", "3", "--engine", "tensorrt"], 2, "tensorrt", "--help"),
         (["synth", "--class", "nine", "--n", "3", "--set", "unet.model_channels=32"], 2, "trained with other settings", "diffrc train"),
         (["synth", "--class", "nine", "--n", "3", "--set", "diffusion.steps=500"], 2, "diffusion.steps = 1000 there", "diffrc train"),

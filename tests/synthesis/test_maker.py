@@ -46,7 +46,17 @@ def test_an_image_is_bit_identical_whatever_else_is_in_its_batch(runtime: str, r
     assert len(distinct) == len(everyone)
 
 
-@pytest.mark.parametrize("override", ["synth.sampler=ddim", "synth.guidance_scale=0.0", "synth.classifier_free_scale=1.0", "synth.seed=3"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "synth.sampler=ddim",
+        "synth.sampler=dpmpp_2m",
+        "synth.steps=ddim4",
+        "synth.guidance_scale=0.0",
+        "synth.classifier_free_scale=1.0",
+        "synth.seed=3",
+    ],
+)
 def test_every_setting_of_the_sampler_reaches_the_pixels(override: str, torch_maker: Maker, make_maker: Any) -> None:
     other = make_maker(override).draw([ImageId(1, 0)], silent_log)[0].pixels
     assert not np.array_equal(other, torch_maker.draw([ImageId(1, 0)], silent_log)[0].pixels)

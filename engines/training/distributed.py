@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,7 +89,7 @@ class World:
         own = [self.device] if self.device.type == "cuda" else None
         # Once alike, buffers stay alike: they follow from gathered figures. The option that says so was renamed in torch 2.13.
         names = inspect.signature(DistributedDataParallel).parameters
-        options = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+        options: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
         return DistributedDataParallel(model, own, gradient_as_bucket_view=True, **options)
 
     def share(self, tensors: Sequence[Tensor]) -> None:

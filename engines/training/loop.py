@@ -6,10 +6,11 @@ no generator state, and a resumed run is bit-equal to an uninterrupted one on a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from engines.recipe import StageSection
 from engines.store import Checkpoint
 from engines.synthesis.sheet import grid_png
 from engines.training.distributed import ALONE, World
+from engines.training.sinks import Sinks
 from engines.training.trainer import Trainer
 
 GRID_COLUMNS = 8  # of sample grids
@@ -81,6 +83,7 @@ def train(
     device: torch.device,
     report: Report = silent,
     world: World = ALONE,
+    sinks: Sinks | None = None,
 ) -> int:
     """Train a stage to its end, continuing from its newest good checkpoint; its result ends up in `stage.model`.
 
@@ -103,7 +106,7 @@ def train(
     done = first
     if not is_complete(found, stage.settings):
         with catch_signals() as stop:
-            done = _Loop(stage, trainer, folder, report, stop).run(first)
+            done = _Loop(stage, trainer, folder, report, stop, sinks or Sinks()).run(first)
     stage.model.load_state_dict(trainer.result)
     stage.model.eval()
     return done - first
@@ -140,8 +143,8 @@ def measure(stage: Stage, device: torch.device, steps: int = 3) -> float:
 class _Loop:
     """One call of `train`: the steps that it makes, and what is written between them."""
 
-    def __init__(self, stage: Stage, trainer: Trainer, folder: Path, report: Report, stop: StopRequest) -> None:
-        self.stage, self.settings, self.trainer, self.folder, self.stop = stage, stage.settings, trainer, folder, stop
+    def __init__(self, stage: Stage, trainer: Trainer, folder: Path, report: Report, stop: StopRequest, sinks: Sinks) -> None:
+        self.stage, self.settings, self.trainer, self.folder, self.stop, self.sinks = stage, stage.settings, trainer, folder, stop, sinks
         self.world = trainer.world
         self.report = report if self.world.first else silent
         self.began = self.logged_at = time.perf_counter()
@@ -196,7 +199,7 @@ class _Loop:
             return {}
         figures: Mapping[str, float] = {}
         if self.world.first:
-            with self.trainer.ema_weights() as model:
+            with self._aside(), self.trainer.ema_weights() as model:
                 figures = stage.held_out(model)
         value, known = self.world.told([figures.get("held_out", math.inf), float("held_out" in figures)])
         if stage.patience and known:
@@ -209,20 +212,31 @@ class _Loop:
         if self.world.first:
             path = self.folder / "metrics.jsonl"
             store.append_json(path, {"step": done, **{k: v if math.isfinite(v) else None for k, v in line.items()}})
+            self.sinks.write(self.stage.name, done, line)
         seconds_left = (now - self.began) / (done - self.first) * (total - done)
         end = total if self.trainer.stopped_at is None else done
         self.report(self.stage.name, done, end, {**line, "seconds_left": seconds_left})
         self.logged_at, self.images = now, 0
 
     def _sample(self, sample: Callable[[nn.Module, int], Tensor], done: int) -> None:
-        with self.trainer.ema_weights() as model:
+        with self._aside(), self.trainer.ema_weights() as model:
             picture = grid_png(sample(model, done), GRID_COLUMNS)
         store.write_bytes(self.folder / "samples" / f"{done:09d}.png", picture)
+        self.sinks.image(self.stage.name, done, picture)
 
     def _save(self, done: int) -> None:
-        if self.world.first:
-            store.save_checkpoint(self.folder, self.trainer.checkpoint(done))
-        self.world.wait()  # a process that ends before the save is done would have the others ended too
+        with self._aside():
+            if self.world.first:
+                store.save_checkpoint(self.folder, self.trainer.checkpoint(done))
+            self.world.wait()  # a process that ends before the save is done would have the others ended too
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Block whose time is no training: images a second are those of the steps."""
+        _synchronize(self.trainer.device)
+        began = time.perf_counter()
+        yield
+        self.logged_at += time.perf_counter() - began
 
 
 def _forget_after(step: int, metrics: Path) -> None:

@@ -8,23 +8,31 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import store
-from engines.data.batches import ALL, Batch, torch_generator
-from engines.errors import Interrupted, NumericsError
+from engines.data.batches import ALL, DRAWN_AHEAD, Batch, drawn_ahead, torch_generator
+from engines.errors import DataError, Interrupted, NumericsError
 from engines.interrupt import catch_signals
 from engines.recipe import StageSection
-from engines.training.loop import Forward, Stage, train
-from engines.training.trainer import learning_rate
+from engines.training.distributed import ALONE
+from engines.training.loop import Forward, Stage, is_complete, measure, result_of, train
+from engines.training.sinks import Sinks
+from engines.training.trainer import GuardedAdamW, Trainer, learning_rate
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -354,3 +362,297 @@ def test_sample_grids_are_drawn_with_the_ema_weights_and_leave_training_alone(tm
     sixth = json.loads((tmp_path / "grids" / "step-000000006" / "state.json").read_text())
     assert sixth["step"] == 6
     assert torch.equal(drawn[-1], store.read_tensors(tmp_path / "grids" / "step-000000006" / "ema.safetensors")["0.weight"])
+
+
+# --------------------------------------------------------------------------------------- workers, micro-batches, held-out images
+
+
+def test_any_number_of_threads_draws_the_same_run(tmp_path: Path) -> None:
+    for workers in (0, 1, 3):
+        train(toy(workers=workers), tmp_path / str(workers), 0, CPU)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("draw")]
+    assert_same_end(tmp_path / "0", tmp_path / "1")
+    assert_same_end(tmp_path / "0", tmp_path / "3")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_fails_in_a_thread_fails_in_its_step_and_no_thread_is_left(workers: int, tmp_path: Path) -> None:
+    stage = toy(workers=workers, save_every_steps=1)
+
+    def draw(step: int, rows: slice = ALL) -> Batch:
+        if step == 4:
+            raise DataError("a broken image", "mend it")
+        return stage.draw(step, rows)
+
+    with pytest.raises(DataError, match="a broken image"):
+        train(replace(stage, draw=draw), tmp_path, 0, CPU)
+    found = store.load_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("draw")]
+
+
+def test_batches_are_drawn_ahead_by_no_more_than_is_bounded() -> None:
+    drawn: list[int] = []
+    asked_at: list[int] = []
+    with drawn_ahead(lambda step: drawn.append(step) or step, 0, 50, workers=2) as batches:  # type: ignore[func-returns-value]
+        for step in range(10):
+            asked_at.append(len(drawn))
+            assert next(batches) == step
+            assert len(drawn) <= step + 2 * DRAWN_AHEAD
+    assert max(drawn) < 10 + 2 * DRAWN_AHEAD
+
+
+def without_dropout(stage: Stage) -> Stage:
+    next(layer for layer in stage.model.modules() if isinstance(layer, nn.Dropout)).p = 0.0
+    return stage
+
+
+def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    for parts in (1, 2, 4):
+        train(without_dropout(toy(accumulate=parts)), tmp_path / str(parts), 0, CPU)
+    whole, lines = end_of(tmp_path / "1")
+    for parts in (2, 4):
+        tensors, others = end_of(tmp_path / str(parts))
+        for name in ("model", "ema"):
+            for key, value in tensors[name].items():
+                torch.testing.assert_close(value, whole[name][key], rtol=1e-4, atol=1e-5)
+        for line, other in zip(lines, others, strict=True):
+            assert other == pytest.approx(line, rel=1e-3)
+
+
+def test_a_part_that_is_not_finite_skips_the_whole_step_for_buffers_too(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def hook(step: int, loss: Tensor) -> Tensor:
+        calls.append(step)
+        return loss * math.nan if calls.count(2) == 1 and step == 2 else loss  # the first of two parts
+
+    train(toy(hook, accumulate=2), tmp_path, 0, CPU)
+    assert calls == [step for step in range(STEPS) for _ in range(2)]
+    assert [line["skipped_steps"] for line in end_of(tmp_path)[1]] == [0, 0, 1, 1, 1, 1, 1]
+    assert float(end_of(tmp_path)[0]["model"]["steps_seen"]) == STEPS - 1
+
+
+VALUES = (9.0, 5.0, 3.0, 4.0, 2.0, 6.0, 7.0, 8.0)  # the held-out figure after so many steps
+
+
+def judged(hook: Hook = lambda _, loss: loss, every: int = 1, patience: int = 2, **changes: Any) -> Stage:
+    stage = toy(hook, **changes)
+    return replace(
+        stage,
+        held_out=lambda model: {"held_out": VALUES[int(model.steps_seen)], "held_out_few": 1.0},  # type: ignore[arg-type, index]
+        held_out_every_steps=every,
+        patience=patience,
+    )
+
+
+def test_a_stage_without_a_new_best_stops_and_its_result_is_the_best_ema(tmp_path: Path) -> None:
+    emas: dict[int, dict[str, Tensor]] = {}
+
+    def report(_what: str, done: int, total: int, figures: Mapping[str, float]) -> None:  # before the checkpoint of `done` is written
+        if done > 1:
+            emas[done - 1] = end_of(tmp_path)[0]["ema"]
+        assert figures["held_out"] == VALUES[done]
+        assert total == (STEPS if done < 6 else 6)
+
+    first = judged(save_every_steps=1)
+    assert train(first, tmp_path, 0, CPU, report) == 6
+    found = store.load_checkpoint(tmp_path)
+    assert found is not None
+    assert {key: found.state[key] for key in ("best_held_out", "best_step", "evaluations_since_best", "stopped_at")} == {
+        "best_held_out": 2.0,
+        "best_step": 4,
+        "evaluations_since_best": 2,
+        "stopped_at": 6,
+    }
+    assert is_complete(found, first.settings)
+    again = judged(killed(0))
+    assert train(again, tmp_path, 0, CPU) == 0
+    for model in (first.model, again.model):
+        assert all(torch.equal(value, emas[4][name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, emas[4][name]) for name, value in result_of(found).items())
+    assert [line["held_out"] for line in end_of(tmp_path)[1]] == list(VALUES[1:7])
+
+
+def test_without_patience_the_figure_is_only_logged_and_the_last_step_is_judged_too(tmp_path: Path) -> None:
+    train(judged(every=3, patience=0, log_every_steps=100), tmp_path, 0, CPU)
+    tensors, lines = end_of(tmp_path)
+    assert set(tensors) == {"model", "ema", "optimizer"}
+    assert [(line["step"], line["held_out"], line["held_out_few"]) for line in lines] == [(n, VALUES[n], 1.0) for n in (3, 6, 7)]
+    train(toy(log_every_steps=1), tmp_path / "plain", 0, CPU)
+    plain = end_of(tmp_path / "plain")[0]
+    assert all(torch.equal(value, plain["ema"][name]) for name, value in tensors["ema"].items())  # judging changes nothing
+
+
+def test_with_patience_left_at_the_last_step_the_best_is_the_result_all_the_same(tmp_path: Path) -> None:
+    stage = judged(patience=9, save_every_steps=1)
+    assert train(stage, tmp_path, 0, CPU) == STEPS
+    found = store.load_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state["best_step"] == 4
+    assert "stopped_at" not in found.state
+    assert all(torch.equal(value, found.groups["best"][name]) for name, value in stage.model.state_dict().items())
+
+
+def test_a_stage_in_which_nothing_is_held_out_is_never_judged(tmp_path: Path) -> None:
+    train(replace(judged(), held_out=lambda _: {}), tmp_path, 0, CPU)
+    assert set(end_of(tmp_path)[0]) == {"model", "ema", "optimizer"}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Uninterrupted runs, one for each number of micro-batches."""
+    root = tmp_path_factory.mktemp("whole")
+    for parts in (1, 2, 4):
+        train(judged(accumulate=parts), root / str(parts), 0, CPU)
+    return root
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 5), st.sampled_from((1, 2, 4)), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.booleans())
+def test_an_interruption_anywhere_between_evaluations_and_workers_ends_bit_equal(
+    whole_runs: Path, step: int, parts: int, workers: tuple[int, int], kill: bool
+) -> None:
+    sent: list[int] = []
+
+    def signaled(now: int, loss: Tensor) -> Tensor:
+        if now == step and not sent:  # once, not once a micro-batch
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        with pytest.raises(Killed if kill else Interrupted):
+            train(judged(killed(step) if kill else signaled, accumulate=parts, workers=workers[0]), run, 0, CPU)
+        train(judged(accumulate=parts, workers=workers[1]), run, 0, CPU)
+        assert_same_end(whole_runs / str(parts), run)
+
+
+# ------------------------------------------------------------------------------------------------------------ on the device
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: values read back, shapes that depend on values."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__.split(".")[0]
+        if name in self.WAITING:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back_from_the_device() -> None:
+    stage = toy(lambda _step, loss: loss, accumulate=2)
+    stage = replace(stage, loss=lambda forward, batch: ((forward(batch.noise) - 1).square().mean(), {"rows": batch.noise}))
+    trainer = Trainer(stage, 0, CPU, ALONE)
+    with Reads() as reads:
+        for step in range(2):
+            trainer.step(step, stage.draw(step))
+    assert reads.seen == []
+    with Reads() as reads:
+        assert bool(torch.ones(1) > 0)
+    assert reads.seen  # and a read would be seen
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_optimizer_changes_nothing_where_found_inf_is_one_and_divides_by_the_scale_elsewhere(bad: float) -> None:
+    torch.manual_seed(0)
+    mine, plain = ([nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in (3, 1000)] for _ in range(2))
+    guarded = GuardedAdamW(mine, lr=0.1, weight_decay=0.3, fused=True)
+    reference = torch.optim.AdamW(plain, lr=0.1, weight_decay=0.3)
+    for step in range(6):
+        for p, q in zip(mine, plain, strict=True):
+            gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            p.grad, q.grad = gradient * 4, gradient
+        skipped = step in (0, 3)
+        if skipped:
+            assert mine[1].grad is not None
+            mine[1].grad[7] = bad
+        guarded.grad_scale, guarded.found_inf = torch.tensor(4.0), torch.tensor(float(skipped))
+        before = [p.detach().clone() for p in mine]
+        moments = [{key: value.clone() for key, value in state.items()} for state in guarded.state.values()]
+        guarded.step()
+        if skipped:
+            assert all(torch.equal(p, q) for p, q in zip(mine, before, strict=True))
+            for state, old in zip(guarded.state.values(), moments, strict=False):
+                assert all(torch.equal(state[key], old[key]) for key in old)
+            assert all(float(state["step"]) == max(step - 1, 0) for state in guarded.state.values())
+        else:
+            reference.step()
+    for p, q in zip(mine, plain, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_too_many_skipped_steps_are_found_though_good_ones_follow_before_anyone_looks(tmp_path: Path) -> None:
+    bad = spoiled(math.nan, 0, 1, 2)
+    quiet = {"log_every_steps": 100, "save_every_steps": 100, "max_nonfinite_steps": 3, "train_steps": 9}
+    with pytest.raises(NumericsError, match="toy: 3 steps in a row were not finite, up to step 3"):
+        train(toy(bad, **quiet), tmp_path, 0, CPU)
+    late = spoiled(math.nan, 1, 2, 3)  # the last of them between two looks, which come every third step
+    with pytest.raises(NumericsError, match="up to step 4"):
+        train(toy(late, **quiet), tmp_path, 0, CPU)
+    assert store.load_checkpoint(tmp_path) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_the_time_left_is_told_with_the_figures_and_not_kept(tmp_path: Path) -> None:
+    heard: list[dict[str, float]] = []
+    train(toy(log_every_steps=2), tmp_path, 0, CPU, lambda _what, _done, _total, figures: heard.append(dict(figures)))
+    left = [figures["seconds_left"] for figures in heard if figures]
+    assert len(left) == 4
+    assert left[0] > 0
+    assert left[-1] == 0
+    assert all("seconds_left" not in line for line in end_of(tmp_path)[1])
+
+
+def test_sinks_are_given_the_figures_and_the_grids(tmp_path: Path) -> None:
+    class Memory:
+        def __init__(self) -> None:
+            self.figures: list[tuple[str, int, dict[str, float]]] = []
+            self.grids: list[tuple[str, int, bytes]] = []
+
+        def write(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
+            self.figures.append((stage, step, dict(figures)))
+
+        def image(self, stage: str, step: int, png: bytes) -> None:
+            self.grids.append((stage, step, png))
+
+        def close(self) -> None:
+            raise AssertionError("whoever opened a sink closes it")
+
+    memory = Memory()
+    stage = replace(toy(sample_every_steps=3), sample=lambda _model, _step: torch.zeros(16, 1, 8, 8))
+    train(stage, tmp_path, 0, CPU, sinks=Sinks({"memory": memory}))
+    lines = store.read_json_lines(tmp_path / "metrics.jsonl")
+    assert [{"step": step, **figures} for _, step, figures in memory.figures] == lines
+    grids = [("toy", step, (tmp_path / "samples" / f"{step:09d}.png").read_bytes()) for step in (3, 6)]
+    assert memory.grids == grids
+
+
+def test_measuring_a_step_leaves_the_stage_as_it_was() -> None:
+    stage = toy()
+    before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    assert 0 < measure(stage, CPU) < 5
+    assert all(torch.equal(value, before[name]) for name, value in stage.model.state_dict().items())
+
+
+def test_no_steps_are_a_stage_whose_result_is_its_start(tmp_path: Path) -> None:
+    stage = toy()
+    nothing = replace(stage, settings=stage.settings.model_copy(update={"train_steps": 0}))
+    start = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    for _ in range(2):
+        assert train(nothing, tmp_path, 0, CPU) == 0
+        found = store.load_checkpoint(tmp_path)
+        assert found is not None
+        assert found.step == 0
+        assert all(torch.equal(value, start[name]) for name, value in found.groups["ema"].items())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffrc_cli.recipe import embedded
-from engines.data.batches import Batch, by_class, class_batch, class_probabilities
+from engines import store
+from engines.data.batches import ALL, Batch, by_class, channels_first, class_batch, class_probabilities
 from engines.data.decode import Frame
 from engines.data.images import ArrayReader, ImageSet, Shelf
 from engines.data.longtail import LongTail
@@ -19,10 +24,13 @@ from engines.diffusion.schedule import make_schedule
 from engines.recipe import Recipe, load
 from engines.training import target as target_module
 from engines.training.diffusion import NoisedBatch, build_unet, diffusion_loss, draw, noised, training_schedule, visible_labels
-from engines.training.guide import build_guide, early_momentum, guide_stage, warm_start
+from engines.training.distributed import ALONE
+from engines.training.guide import build_guide, early_momentum, guide_stage, take_encoder, warm_start
+from engines.training.holdout import held_out_loss, split
 from engines.training.loop import Figures, Stage, train
 from engines.training.source import masked_counts, source_stage
 from engines.training.target import target_stage
+from engines.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 COUNTS = np.array([12, 6, 5, 3])
@@ -318,3 +326,125 @@ def test_the_log_prior_is_that_of_the_training_set(recipe: Recipe) -> None:
     np.testing.assert_allclose(build_guide(recipe, COUNTS).log_prior.exp(), COUNTS / COUNTS.sum(), rtol=1e-5)
     flat = build_guide(changed(recipe, "guide", class_prior=False), COUNTS)
     np.testing.assert_allclose(flat.log_prior.exp(), [0.25] * 4, rtol=1e-5)
+
+
+def test_a_guide_that_starts_from_the_target_has_its_encoder_half_and_its_own_head(recipe: Recipe) -> None:
+    same = {key: getattr(recipe.unet, key) for key in ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions")}
+    unet, guide = build_unet(recipe, 4), build_guide(changed(recipe, "guide", **same), COUNTS)
+    head = {name: value.clone() for name, value in guide.encoder.state_dict().items() if name.startswith("out.")}
+    taken = take_encoder(guide, unet)
+    ours, theirs = guide.encoder.state_dict(), unet.state_dict()
+    assert taken == len(ours) - len(head)
+    for name, value in ours.items():
+        assert torch.equal(value, head[name] if name in head else theirs[name]), name
+    assert take_encoder(build_guide(changed(recipe, "guide", **{**same, "model_channels": 32}), COUNTS), unet) == 0
+
+
+# ------------------------------------------------------------------------------------------------ held-out images, and resuming
+
+
+def held_out_recipe(recipe: Recipe) -> Recipe:
+    return changed(recipe, "target", holdout_fraction=0.3, holdout_every_steps=1, patience=2, adapt_on="medium+few")
+
+
+def test_held_out_images_are_in_no_batch_of_the_target_and_the_head_gives_none(recipe: Recipe) -> None:
+    recipe, data = held_out_recipe(recipe), tail()
+    source, unet = two_models(recipe)
+    held = split(data.train.labels, data.classes_of("medium", "few"), 0.3, recipe.seed)
+    assert len(held)
+    assert 0 not in data.train.labels[held]
+    stage = target_stage(recipe, data, source, unet, CPU)
+    seen = torch.cat([stage.draw(step).pixels for step in range(60)]).flatten(1).unique(dim=0)
+    for index in range(12, len(data.train)):  # of the tail; without flips and shifts an image is known by its pixels
+        image = channels_first(data.train.pixels(np.array([index]))).flatten(1)
+        assert bool((seen == image).all(1).any()) == (index not in held)
+
+
+def test_the_target_is_judged_by_the_held_out_loss_of_the_model_it_is_given(recipe: Recipe) -> None:
+    recipe, data = held_out_recipe(recipe), tail()
+    source, unet = two_models(recipe)
+    stage = target_stage(recipe, data, source, unet, CPU)
+    assert (stage.held_out_every_steps, stage.patience) == (1, 2)
+    assert stage.held_out
+    held = split(data.train.labels, data.classes_of("medium", "few"), 0.3, recipe.seed)
+    for model in (unet, awake(build_unet(recipe, 4))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.target.precision == "bf16"):
+            wanted = held_out_loss(
+                model, data.train, held, data.groups, training_schedule(recipe, CPU), recipe.seed, conditional=recipe.unet.class_cond
+            )
+        assert dict(stage.held_out(model)) == wanted
+    assert target_stage(changed(recipe, "target", holdout_fraction=0.0, patience=0), data, source, unet, CPU).held_out is None
+
+
+class Reads(TorchDispatchMode):
+    """Counts values read back from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__.split(".")[0] in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"):
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["source", "target", "guide"])
+def test_a_stage_with_every_option_resumes_bit_equal_from_any_step_with_other_workers(name: str, recipe: Recipe, tmp_path: Path) -> None:
+    recipe = held_out_recipe(changed(recipe, "diffusion", timestep_sampler="loss-second-moment", steps=20))
+    recipe = changed(recipe, name, accumulate=2, horizontal_flip=True, shift_px=1, save_every_steps=1)
+    recipe = changed(changed(recipe, "unet", dropout=0.2, class_cond=True), "guide", dropout=0.2)
+
+    def stage(workers: int, die_at: int = -1) -> Stage:
+        made = changed(recipe, name, workers=workers)
+        source, unet = two_models(made)  # sets the seed
+        guide = build_guide(made, COUNTS)
+        warm_start(guide, made, tail(), CPU)
+        whole = {
+            "source": lambda: source_stage(made, tail(), unet, CPU),
+            "target": lambda: target_stage(made, tail(), source, unet, CPU),
+            "guide": lambda: guide_stage(made, tail(), guide, CPU),
+        }[name]()
+
+        def draw(step: int, rows: slice = ALL) -> Batch:
+            if step == die_at:
+                raise Killed
+            return whole.draw(step, rows)
+
+        return replace(whole, draw=draw)
+
+    train(stage(0), tmp_path / "whole", recipe.seed, CPU)
+    for step in range(1, 4):
+        run = tmp_path / str(step)
+        with pytest.raises(Killed):
+            train(stage(2, die_at=step), run, recipe.seed, CPU)
+        train(stage(1), run, recipe.seed, CPU)
+        a, b = store.load_checkpoint(tmp_path / "whole"), store.load_checkpoint(run)
+        assert a
+        assert b
+        assert set(a.groups) == {"model", "ema", "optimizer"} | {"source": {"state"}, "target": {"state", "best"}, "guide": set()}[name]
+        assert a.state == b.state
+        for group, tensors in a.groups.items():
+            assert all(torch.equal(value, b.groups[group][key]) for key, value in tensors.items()), (step, group)
+
+
+def test_a_step_of_each_stage_reads_nothing_back(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU, and there alone, one_hot reads its argument back to check it.
+    monkeypatch.setattr(F, "one_hot", lambda labels, count: (labels[:, None] == torch.arange(count)).long())
+    recipe = changed(changed(recipe, "diffusion", timestep_sampler="loss-second-moment", steps=20), "unet", class_cond=True)
+    source, unet = two_models(recipe)
+    made = (
+        source_stage(recipe, tail(), unet, CPU),
+        target_stage(recipe, tail(), source, unet, CPU),
+        guide_stage(recipe, tail(), build_guide(recipe, COUNTS), CPU),
+    )
+    for stage in made:
+        trainer, batches = Trainer(stage, 0, CPU, ALONE), [stage.draw(step) for step in range(2)]
+        with Reads() as reads:
+            for step, batch in enumerate(batches):
+                trainer.step(step, batch)
+        assert reads.seen == [], stage.name

@@ -109,7 +109,6 @@ def read(folder: Path) -> tuple[dict[str, Tensor], WeightsCard]:
         unet = UNet(card.architecture, card.out_channels, card.label_rows)
     path = _weights_file(unet_folder)
     theirs = {current_name(name): value.float() for name, value in _tensors(path).items()}
-    ours_shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
     expected = to_diffusers(dict(unet.state_dict()), card.architecture)
     wrong = sorted(
         name
@@ -123,7 +122,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], WeightsCard]:
             "download the folder again",
         )
     weights = from_diffusers(theirs, card.architecture, config.flip_sin_to_cos)
-    assert {name: tuple(value.shape) for name, value in weights.items()} == ours_shapes, "the map of names covers the network"
+    assert all(weights[name].shape == value.shape for name, value in unet.state_dict().items()), "the map of names covers the network"
     return weights, card.model_copy(update={"origin": {"format": "diffusers", "file": folder.resolve().name, "sha256": sha256(path)}})
 
 
@@ -180,16 +179,16 @@ def _obstacles(c: UNet2DConfig) -> list[str]:
     found = [_differs(key, getattr(c, key), allowed) for key, allowed in fixed.items() if getattr(c, key) not in allowed]
     found += [f"{key} is unknown" for key, value in (c.model_extra or {}).items() if not key.startswith("_") and value is not None]
     levels, first = len(c.block_out_channels), c.block_out_channels[0]
-    if any(width % first for width in c.block_out_channels):
-        found.append(f"block_out_channels = {list(c.block_out_channels)} are no multiples of the first")
-    if first % GROUPS:
-        found.append(f"block_out_channels begins with {first}, no multiple of {GROUPS}")
+    if any(2 * width % first for width in c.block_out_channels):
+        found.append(f"block_out_channels = {list(c.block_out_channels)} are no multiples of half the first")
+    if odd := [width for width in c.block_out_channels if width % GROUPS]:
+        found.append(f"block_out_channels has {odd}, no multiples of {GROUPS}")
     if not _size(c) or _size(c) % 2 ** (levels - 1):
         found.append(f"sample_size = {c.sample_size} is no square that can be halved {levels - 1} times")
     found += _block_obstacles(c)
     attending = {c.block_out_channels[level] for level in _attending(c)} | {c.block_out_channels[-1]}
-    if c.attention_head_dim and (odd := [width for width in sorted(attending) if width % c.attention_head_dim]):
-        found.append(f"attention_head_dim = {c.attention_head_dim} does not divide the widths {odd}")
+    if c.attention_head_dim and (uneven := [width for width in sorted(attending) if width % c.attention_head_dim]):
+        found.append(f"attention_head_dim = {c.attention_head_dim} does not divide the widths {uneven}")
     return found
 
 
@@ -240,7 +239,7 @@ def _card(c: UNet2DConfig, scheduler: SchedulerConfig | None) -> WeightsCard:
         image_size_px=size,
         in_channels=c.in_channels,
         model_channels=first,
-        channel_mult=tuple(width // first for width in c.block_out_channels),
+        channel_mult=tuple(width / first for width in c.block_out_channels),
         num_res_blocks=c.layers_per_block,
         attention_resolutions=tuple(size // 2**level for level in _attending(c)),
         num_head_channels=c.attention_head_dim or 64,
@@ -287,7 +286,7 @@ def _attending(c: UNet2DConfig) -> list[int]:
 
 
 def _resampling(c: UNet2DConfig) -> list[str]:
-    """ "conv" or "resnet" for each change of size, down, then up."""
+    """How each change of size is made, down, then up: "conv" or "resnet"."""
     plain = {"DownBlock2D": "conv", "UpBlock2D": "conv", "ResnetDownsampleBlock2D": "resnet", "ResnetUpsampleBlock2D": "resnet"}
     return [plain.get(name, c.downsample_type) for name in c.down_block_types[:-1]] + [
         plain.get(name, c.upsample_type) for name in c.up_block_types[:-1]
@@ -358,8 +357,8 @@ def _unet_config(unet: UNet) -> dict[str, Any]:
         found.append(f"unet.num_heads = {a.num_heads} at the widths {sorted(attending)}, not heads of one width")
     if not a.resblock_updown and not a.conv_resample:
         found.append("unet.conv_resample = false")
-    if a.model_channels % GROUPS:
-        found.append(f"unet.model_channels = {a.model_channels}, no multiple of {GROUPS}")
+    if odd := [width for width in widths if width % GROUPS]:
+        found.append(f"unet.model_channels = {a.model_channels} makes widths of {odd}, no multiples of {GROUPS}")
     if found:
         raise UsageError(
             f"diffusers' UNet2DModel cannot hold this network: {'; '.join(found)}", "diffrc export without --diffusers writes ONNX"

@@ -291,7 +291,7 @@ def test_a_full_folder_is_written_to_with_force_and_keeps_what_else_is_there(wid
 def test_a_network_that_diffusers_cannot_hold_is_refused_by_the_recipes_key(tiny_copy: Path, capsys: Captured) -> None:
     code, cause, remedy = refused(capsys, "export", "--run", tiny_copy, "--diffusers", "out")
     assert code == 2
-    assert "unet.model_channels = 16, no multiple of 32" in cause
+    assert "unet.model_channels = 16 makes widths of [16], no multiples of 32" in cause
     assert "without --diffusers" in remedy
 
 

@@ -39,6 +39,7 @@ NETWORKS = {  # architecture, learned variance, label rows
     "added time embedding, resampling by convolution": (DDPM, False, 0),
     "labels and a null label, q k v in the new order": (replace(ADM, use_new_attention_order=True, attention_resolutions=(8,)), True, 11),
     "one head at every width": (replace(ADM, num_heads=1, resblock_updown=False), False, 0),
+    "a level of one and a half widths": (replace(DDPM, model_channels=64, channel_mult=(1, 1.5)), False, 0),
     "one level, one channel": (replace(ADM, channel_mult=(1,), attention_resolutions=(), in_channels=1), True, 4),
 }
 TOLERANCE = 1e-5  # largest difference in float32, on outputs of a magnitude of 1 to 3
@@ -366,7 +367,8 @@ def test_weights_that_are_missing_truncated_or_of_another_network_are_refused(fo
         (replace(ADM, channel_mult=(2, 2)), "unet.channel_mult begins with 2"),
         (replace(ADM, num_heads=2), "unet.num_heads = 2"),
         (replace(ADM, resblock_updown=False, conv_resample=False), "unet.conv_resample = false"),
-        (replace(ADM, model_channels=16, num_head_channels=16), "unet.model_channels = 16"),
+        (replace(ADM, model_channels=16, num_head_channels=16), r"unet.model_channels = 16 makes widths of \[16\]"),
+        (replace(ADM, channel_mult=(1, 1.5, 2), num_head_channels=16), r"unet.model_channels = 32 makes widths of \[48\]"),
     ],
 )
 def test_what_diffusers_cannot_hold_is_refused_by_the_recipes_key_and_nothing_is_written(

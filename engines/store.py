@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -147,6 +148,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def free_place(folder: Path, name: str) -> Path:
+    """`folder/name`, or `folder/name-2` and so on where that is taken."""
+    places = (folder / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    return next(place for place in places if not place.exists())
+
+
 def move_folder(source: Path, destination: Path) -> None:
     """Give a folder another place on the same disk, in one step: killed at any moment, it is at the one or at the other.
 
@@ -281,6 +288,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 # ----------------------------------------------------------------------------------------------------------- run folder
 
 STAGES = ("source", "target", "guide")
+STALE = "stale"  # folder of a run
 _TRAINING_SECTIONS = ("seed", "data", "unet", "diffusion", "source", "target", "guide")
 _MAY_DIFFER = {"data.path", "data.on_bad_image"}  # where a data set lies is not what it is
 
@@ -307,6 +315,11 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def stale(self) -> Path:
+        """Where what was made with other settings is kept until they come back."""
+        return self.path / STALE
 
     @property
     def report(self) -> Path:

@@ -115,6 +115,24 @@ def keep_plan(folder: Path, plan: Plan) -> None:
     raise ConflictError(f"{folder} holds images of another plan ({told}{more})", f"--out DIR puts these elsewhere; or remove {folder}")
 
 
+def make_room(run: RunFolder, folder: Path, plan: Plan) -> None:
+    """Keep a run's own images of another plan in `stale/<folder>-<plan>`, and bring those of this one back from there.
+
+    Killed between the two, the same call does the rest. Raises ConflictError where another process is at work in the folder, or
+    where it is not a synthesis folder; DataError for a damaged plan; StorageError.
+    """
+    check_folder(folder)
+    here = _plan_of(folder)
+    if here == plan.id:
+        return
+    if folder.exists():
+        with store.locked(folder):
+            store.move_folder(folder, store.free_place(run.stale, f"{folder.name}-{here[:8] or 'unsaved'}"))
+    back = next((place for place in sorted(run.stale.glob(f"{folder.name}-*")) if _plan_of(place) == plan.id), None)
+    if back:
+        store.move_folder(back, folder)
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a place that is not a synthesis folder and not free. Writes nothing. Raises ConflictError."""
     elsewhere = "--out DIR names a new folder"
@@ -180,6 +198,10 @@ def folder_of(run: RunFolder, model: Model, out: Path | None) -> Path:
     """A folder holds one plan: images by another model than `synth.model` go to the folder's neighbor `<name>-source`."""
     folder = run.synth if out is None else out
     return folder if model == run.recipe.synth.model else folder.absolute().with_name(f"{folder.absolute().name}-{model}")
+
+
+def _plan_of(folder: Path) -> str:
+    return str(store.read_json(folder / PLAN_FILE).get("plan", "")) if (folder / PLAN_FILE).exists() else ""
 
 
 def _brief(value: Any) -> str:

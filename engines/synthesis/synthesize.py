@@ -92,6 +92,7 @@ def synthesize(
     originals: LongTail | None = None,
     workers: int = 0,
     report: Report = silent,
+    make_room: bool = False,
 ) -> list[Synthesis]:
     """Make images until each class in `wanted` has as many as it says; what lies there already counts.
 
@@ -101,6 +102,7 @@ def synthesize(
         out: where to; default the run's own folder.
         originals: the run's data, for the contact sheet and the search for copies; a distance band needs them.
         workers: batches that run side by side; 0 = one a processor.
+        make_room: keep images of another plan in the run's `stale/`, rather than refuse to mix them with these.
 
     Returns: one outcome for each network that took part.
 
@@ -120,6 +122,8 @@ def synthesize(
     for model, classes in parts.items():
         maker = open_maker(run, model)
         folder = plans.folder_of(run, model, out)
+        if make_room:
+            plans.make_room(run, folder, maker.plan)
         started = time.perf_counter()
         try:
             with catch_signals() as stop:
@@ -131,9 +135,9 @@ def synthesize(
 
 
 def fill_run(run: RunFolder, originals: LongTail, report: Report = silent) -> dict[str, Any]:
-    """Fill every medium and few class of a run, as plain JSON values: see `synthesize`."""
+    """Fill every medium and few class of a run, as plain JSON values: see `synthesize`. Images of other settings are kept aside."""
     wanted = plans.fill_classes(run)
-    return summary(synthesize(run, wanted, originals=originals, report=report))
+    return summary(synthesize(run, wanted, originals=originals, report=report, make_room=True))
 
 
 def summary(parts: Sequence[Synthesis]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from engines import recipe as recipes
 from engines import store
 from engines.recipe import Recipe, StageSection
 
-FOLDER = "stale"  # of a run
 _SHOWN = 4  # differing keys in a message
 _CHANGE_NO_WEIGHT = {
     "data": ("path", "on_bad_image"),  # where images lie; which were kept is in data.kept_sha256
@@ -192,17 +191,15 @@ def _continues(section: Mapping[str, Any]) -> bool:
 
 
 def _kept(path: Path, stage: str) -> Iterator[tuple[Path, tuple[int, dict[str, Any]]]]:
-    for place in sorted((path / FOLDER).glob(f"{stage}-*")):
+    for place in sorted((path / store.STALE).glob(f"{stage}-*")):
         found = store.newest_state(place)
         if found and "made_of" in found[1]:
             yield place, found
 
 
 def _aside(path: Path, stage: str, state: Mapping[str, Any]) -> Path:
-    """A free name; a stage may be kept twice with the same settings, at different lengths."""
-    name = f"{stage}-{str(state.get('digest', 'unsaved'))[:8]}"
-    names = [name, *(f"{name}-{n}" for n in range(2, 10_000))]
-    return next(place for place in (path / FOLDER / name for name in names) if not place.exists())
+    """Where a stage goes; it may be kept twice with the same settings, at different lengths."""
+    return store.free_place(path / store.STALE, f"{stage}-{str(state.get('digest', 'unsaved'))[:8]}")
 
 
 def _listed(texts: tuple[str, ...]) -> str:

@@ -147,3 +147,28 @@ def test_two_models_never_share_a_folder(tmp_path: Path) -> None:
     assert plans.folder_of(run, "target", None) == tmp_path / "synth"
     assert plans.folder_of(run, "source", None) == tmp_path / "synth-source"
     assert plans.folder_of(run, "source", tmp_path / "here") == tmp_path / "here-source"
+
+
+def test_images_of_other_settings_are_kept_aside_and_come_back_with_them(tmp_path: Path, make_maker: Any) -> None:
+    run, a, b = run_of(tmp_path / "run"), make_maker().plan, make_maker("synth.seed=1").plan
+
+    def work(plan: plans.Plan) -> set[str]:
+        plans.make_room(run, run.synth, plan)
+        with store.locked(run.synth):
+            plans.keep_plan(run.synth, plan)
+            store.write_text(run.synth / plan.id, "an image")
+        return {path.name for path in run.synth.iterdir()}
+
+    first = work(a)
+    assert work(a) == first
+    assert b.id in work(b)
+    assert {path.name for path in run.stale.iterdir()} == {f"synth-{a.id[:8]}"}
+    assert work(a) == first
+    assert {path.name for path in run.stale.iterdir()} == {f"synth-{b.id[:8]}"}
+    store.move_folder(run.synth, run.stale / "synth-of-mine")  # killed between the two moves, under any name
+    assert work(a) == first
+    with store.locked(run.synth), pytest.raises(ConflictError, match="in use"):
+        plans.make_room(run, run.synth, b)
+    store.write_text(tmp_path / "run" / "thesis" / "thesis.tex", "mine")
+    with pytest.raises(ConflictError, match="holds no synthesized images"):
+        plans.make_room(run, tmp_path / "run" / "thesis", a)

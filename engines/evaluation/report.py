@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -26,6 +27,7 @@ STAGE_WORDS = {
     "guide": "Guide: prototypes on noised images (Eq. 12)",
 }
 CURVES = {"loss": "loss", "l_base": "L_base", "l_pair": "L_pair", "l_pc": "L_PC"}  # L_vlb, a sum over T, would dwarf them
+DROPPED = {"distance": "too far", "confidence": "unsure", "both": "too far and unsure"}
 ROWS_SHOWN = 30  # classes listed one by one; of more, the first and last of them
 GROUPS = ("many", "medium", "few")
 
@@ -41,7 +43,10 @@ class Parts:
     metrics: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # lines by stage
     guide: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # {"train": {"t": [...], "accuracy": [...]}}
     made: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # by class: images made, images kept
+    dropped: Mapping[int, Mapping[str, int]] = field(default_factory=dict)  # by class: images that the selection dropped, by reason
     sheets: Sequence[tuple[str, bytes]] = ()  # caption, PNG
+    copies: Mapping[str, Any] = field(default_factory=dict)  # synth/copies.json
+    pairs: bytes = b""  # PNG of generated images beside their nearest real ones
     cost: Mapping[str, float] = field(default_factory=dict)  # seconds by stage
     environment: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,9 +65,13 @@ def collect(run: RunFolder) -> Parts:
 
     guide = document(run.stage("guide") / "accuracy.json")
     made: dict[int, tuple[int, int]] = {}
+    dropped: dict[int, Counter[str]] = {}
+    pairs = run.synth / "copies.png"
     for line in store.read_json_lines(run.synth / "manifest.jsonl"):
         count, kept = made.get(line["class_id"], (0, 0))
         made[line["class_id"]] = (count + 1, kept + bool(line.get("kept", True)))
+        if line.get("dropped"):
+            dropped.setdefault(line["class_id"], Counter())[line["dropped"]] += 1
     return Parts(
         name=run.recipe.name,
         recipe_toml=recipes.to_toml(run.recipe),
@@ -71,7 +80,12 @@ def collect(run: RunFolder) -> Parts:
         metrics={stage: store.read_json_lines(run.stage(stage) / "metrics.jsonl") for stage in STAGES},
         guide={"": guide} if "t" in guide else guide,
         made=made,
-        sheets=[(path.stem.replace("_", " ").replace("-", " "), path.read_bytes()) for path in sorted(run.synth.glob("*.png"))],
+        dropped=dropped,
+        sheets=[
+            (path.stem.replace("_", " ").replace("-", " "), path.read_bytes()) for path in sorted(run.synth.glob("*.png")) if path != pairs
+        ],
+        copies=document(run.synth / "copies.json"),
+        pairs=pairs.read_bytes() if pairs.exists() else b"",
         cost=document(run.path / "cost.json"),
         environment=document(run.path / "environment.json"),
     )
@@ -79,7 +93,7 @@ def collect(run: RunFolder) -> Parts:
 
 def render(parts: Parts) -> str:
     """The whole page. Every text that came from a user, a data set or a file is escaped."""
-    sections = (_tail, _accuracy, _classes, _sheets, _training, _guide, _cost, _reproduce)
+    sections = (_tail, _accuracy, _classes, _sheets, _copies, _training, _guide, _cost, _reproduce)
     style = resources.files("engines.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     body = "\n".join(text for text in (section(parts) for section in sections) if text)
     return (
@@ -243,6 +257,8 @@ def _class_table(parts: Parts) -> str:
     for k, name in enumerate(table["names"]):
         made, kept = parts.made.get(k, (0, 0))
         share = f"{100 * kept / made:.0f} %" if made else "\N{EN DASH}"
+        why = ", ".join(f"{n:,} {DROPPED.get(reason, reason)}" for reason, n in sorted(parts.dropped.get(k, {}).items()))
+        share += f" <small>{_text(why)}</small>" if why else ""
         pure = "\N{EN DASH}" if purity[k] is None else f"{purity[k]:.1f} %"
         rows += (
             f"<tr><th>{_text(name)}</th><td>{_text(table['groups'][k])}</td><td>{table['counts'][k]:,}</td>"
@@ -269,6 +285,50 @@ def _sheets(parts: Parts) -> str:
         below = f"<figcaption>{_text(caption)}</figcaption>" if len(parts.sheets) > 1 else ""
         figures += f'<figure><div class="sheet" style="--w:{_png_width(png)}px">{image}</div>{below}</figure>'
     return _section("The images", f"<p>Original images left, generated ones right.</p>{figures}")
+
+
+def _copies(parts: Parts) -> str:
+    found = parts.copies
+    if not found:
+        return ""
+    spaces = list(found["generated"])
+    told = [
+        f"{_percent(found['generated'][space])} of the generated images are copies by their {space}s, "
+        f"{_percent(found['real'][space])} of real images"
+        for space in spaces
+    ]
+    words = (
+        f"A copy is at most {found['copy_ratio']:.2g} times as far from its nearest training image as from the second nearest. "
+        f"Real images, left out one by one, show what is usual for this data. {'; '.join(told)}."
+    )
+    worst = sorted(found["classes"], key=lambda row: -max(row[space]["share"] for space in spaces if space in row))[:ROWS_SHOWN]
+    rows = "".join(
+        f"<tr><th>{_text(row['class'])}</th><td>{row['pixel']['images']:,}</td>"
+        + "".join(
+            f"<td>{_copies_cell(row[space])}</td><td>{_percent(row[space]['real'])}</td>" if space in row else "<td></td>" * 2
+            for space in spaces
+        )
+        + "</tr>"
+        for row in worst
+    )
+    heads = [head for space in spaces for head in (f"Copies by {space}s", "of real ones")]
+    warnings = "".join(f'<p class="note">{_text(line)}</p>' for line in found["warnings"][:ROWS_SHOWN])
+    picture = ""
+    if parts.pairs:
+        source = f"data:image/png;base64,{base64.b64encode(parts.pairs).decode()}"
+        image = f'<img alt="Generated images, each beside its nearest training image" src="{source}">'
+        picture = f'<figure><div class="sheet" style="--w:{_png_width(parts.pairs)}px">{image}</div></figure>'
+    listed = f"<details><summary>Copies in each class</summary>{_table(('Class', 'Generated', *heads), rows)}</details>"
+    return _section("New images, or copies?", f"<p>{_text(words)}</p>{warnings}{picture}{listed}")
+
+
+def _copies_cell(found: Mapping[str, Any]) -> str:
+    share = _percent(found)
+    return f"<b>{share}</b>" if found["warns"] else share
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['share']:.1f} %" if found["images"] else "\N{EN DASH}"
 
 
 def _training(parts: Parts) -> str:

@@ -8,7 +8,7 @@ pixels, is that of Yoon et al. 2023 ("Diffusion Probabilistic Models Generalize 
 A ratio has no unit, but it knows the dimension: among points spread evenly over m dimensions a share ratio^m passes for copies. In
 pixels m is large and the share next to nothing. A guide, though, is trained to draw each class together: where it has left a
 class hardly more than a curve (m = 1), a third of all honest images pass at 1/3. So the same is asked of real images, left out one
-by one, and a warning is given only where generated images are copies clearly more often than real ones are of each other.
+by one, and a warning is given only where generated images are copies more often than real ones are of each other.
 
 What it does not see: a copy of an image whose near duplicate is in the data as well, for then d2 is small too. Exact duplicates,
 mirrored ones included where the training flips, count as one image.
@@ -51,7 +51,7 @@ OTHERS_COMPARED = 20_000  # real images of classes that the folder does not hold
 USUAL_IMAGES = 4_000  # real images, over all classes, that are left out one by one
 USUAL_LEAST = 10  # of each class, if it has them
 TOLD_BY_FEATURES = 3  # different real images that a class needs: of fewer, the second nearest is of another class, far off for every image
-STANDARD_ERRORS = 3.0  # by which copies must be more frequent than among real images
+STANDARD_ERRORS: Mapping[SpaceName, float] = {"pixel": 0.0, "feature": 3.0}  # by which copies must be more frequent than among real images
 PAIRS_LISTED = 10  # of a class, in copies.json
 PAIRS_SHOWN = 3  # of a class and space, in copies.png
 CLASSES_SHOWN = 20
@@ -105,25 +105,24 @@ def copy_ratios(neighbors: Neighbors, resolution: float = 0.0) -> Tensor:
 def _nearest_two(views: Sequence[Tensor], real: Tensor, own: Tensor) -> Neighbors:
     count = min(CANDIDATES, len(real))
     values = [_values(view) for view in views]
-    norms = values[0].square().sum(1)  # (B,), of the mirror images too
-    best = torch.full((len(own), count), torch.inf, dtype=norms.dtype)
-    at = torch.zeros((len(own), count), dtype=torch.int64)
+    norms = [value.square().sum(1, keepdim=True) for value in values]  # (B, 1)
+    best, at = values[0].new_empty(len(own), 0), own.new_empty(len(own), 0)
     largest = 0.0
     for start in range(0, len(real), REAL_ROWS):
         block = _values(real[start : start + REAL_ROWS])  # (R', D)
         sizes = block.square().sum(1)  # (R',)
         largest = max(largest, float(sizes.max()))
-        products = values[0] @ block.T
-        for mirrored in values[1:]:
-            products = torch.maximum(products, mirrored @ block.T)
-        squares = norms[:, None] + sizes - 2 * products  # (B, R')
+        squares = norms[0] + sizes - 2 * (values[0] @ block.T)  # (B, R')
+        for norm, mirrored in zip(norms[1:], values[1:], strict=True):
+            squares = torch.minimum(squares, norm + sizes - 2 * (mirrored @ block.T))
         self_rows = ((own >= start) & (own < start + len(block))).nonzero().flatten()
         squares[self_rows, own[self_rows] - start] = torch.inf
-        best, places = torch.cat([best, squares], 1).topk(count, largest=False)
+        squares = torch.cat([best, squares], 1)
+        best, places = squares.topk(min(count, squares.shape[1]), largest=False)
         at = torch.cat([at, torch.arange(start, start + len(block)).expand(len(own), -1)], 1).gather(1, places)
     found = _exact(views, real, at, own)
     if count < len(real):  # every other image's square is at least the last proposal's, but for what rounding may have added
-        rounding = (views[0].shape[1] + 8) * torch.finfo(norms.dtype).eps * (norms + largest)
+        rounding = (views[0].shape[1] + 8) * torch.finfo(best.dtype).eps * (torch.cat(norms, 1).amax(1) + largest)
         unproven = (found.second.square() > (best[:, -1] - rounding).double()).nonzero().flatten()
         for row in unproven:
             every = torch.arange(len(real))[None]
@@ -262,13 +261,17 @@ class Copies:
         }
 
 
-def exceeds(generated: Share, real: Share) -> bool:
-    """Whether copies are more frequent among generated than among real images, by STANDARD_ERRORS of the difference of two shares."""
+def exceeds(generated: Share, real: Share, standard_errors: float) -> bool:
+    """Whether copies are more frequent among generated than among real images, by so many standard errors of the difference.
+
+    In pixels chance makes next to no copies, and each more than usual counts. In features it makes some, and the usual share is
+    itself measured on few images.
+    """
     if not generated.copies or not real.images:
         return generated.copies > 0
     together = (generated.copies + real.copies) / (generated.images + real.images)
     error = math.sqrt(together * (1 - together) * (1 / generated.images + 1 / real.images))
-    return generated.share - real.share > STANDARD_ERRORS * error
+    return generated.share - real.share > standard_errors * error
 
 
 def _yardstick(own: Share, usual: Share) -> Share:
@@ -341,7 +344,7 @@ def _finding(
         for i in ratios.argsort(stable=True)[:PAIRS_LISTED].tolist()
     )
     generated, own = Share(int((ratios <= select.copy_ratio).sum()), len(kept)), usual.get(class_id, Share(0, 0))
-    warns = generated.share > select.copy_share and exceeds(generated, _yardstick(own, usual[ALL]))
+    warns = generated.share > select.copy_share and exceeds(generated, _yardstick(own, usual[ALL]), STANDARD_ERRORS[space])
     return Finding(generated, own, usual[ALL], pairs, warns)
 
 

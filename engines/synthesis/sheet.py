@@ -294,7 +294,7 @@ def pairs_sheet(rows: Sequence[PairsRow], copy_ratio: float) -> bytes:
     pair = 2 * side + 2
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
     label_width = max(40, min(200, max(math.ceil(font.getlength(_legible(row.name))) for row in rows)))
-    widths = [max(len(tiles) for tiles in column) * (pair + gap) - gap for _, column in blocks]
+    widths = [max(max(map(len, column)) * (pair + gap) - gap, math.ceil(small.getlength(title))) for title, column in blocks]
     left = margin + label_width + 12
     legend = f"Generated | its nearest real image. Under it: d1 / d2 \N{MIDDLE DOT} d1. In red: copies, d1 / d2 at most {copy_ratio:.2g}."
     width = max(left + sum(widths) + split * (len(blocks) - 1), margin + math.ceil(small.getlength(legend))) + margin
@@ -305,7 +305,7 @@ def pairs_sheet(rows: Sequence[PairsRow], copy_ratio: float) -> bytes:
         name = _fitted(row.name, font, label_width)
         draw.text((margin, margin + head + i * row_height + side / 2), name, fill=(INK,) * 3, font=font, anchor="lm")
     for (title, column), block_width in zip(blocks, widths, strict=True):
-        draw.text((left, margin), _fitted(title, small, block_width + split), fill=(FAINT,) * 3, font=small)
+        draw.text((left, margin), title, fill=(FAINT,) * 3, font=small)
         for i, tiles in enumerate(column):
             for j, tile in enumerate(tiles):
                 x, y = left + j * (pair + gap), margin + head + i * row_height

@@ -76,6 +76,44 @@ def test_options_reach_the_plan(steps: str, sampler: str, call: Call) -> None:
     assert not Path("runs/digits-lt/synth").exists()
 
 
+def test_a_selection_that_gives_up_ends_with_code_9_after_everything_is_told_and_in_place(call: Call) -> None:
+    words = ("synth", "--class", "nine", "--n", "4", "--confidence", "1.0", "--max-tries", "1.5", "--set", "synth.max_bad=0")
+    done = call(*words)
+    assert done.code == 9
+    assert "0 of 4" in done.out + done.err
+    assert "error: fewer images than asked for: nine 0 of 4" in done.err
+    assert "--confidence" in done.err.splitlines()[-1]
+    assert "unsure" in done.out
+    folder = Path("runs/digits-lt/synth")
+    assert len(list(folder.glob("nine-0009/rejected/*.png"))) == 6
+    told = json.loads(call(*words, "--json").out)
+    assert told["short"] == 4
+    assert told["classes"][0]["dropped"] == {"distance": 0, "confidence": 6, "both": 0}
+    assert told["warnings"]
+    assert store.read_json_lines(folder / "manifest.jsonl")[0]["dropped"] == "confidence"
+    more = call(*words, "--max-tries", "2")
+    assert more.code == 9
+    assert len(list(folder.glob("nine-0009/rejected/*.png"))) == 8, "more tries go on from there"
+
+
+def test_the_filters_work_with_guidance_off(call: Call) -> None:
+    done = call(*("synth", "--class", "nine", "--n", "2", "--guidance-scale", "0", "--engine", "torch", "--json"), "--confidence", "1e-9")
+    assert done.code == 0, done.err
+    assert store.read_json_lines(Path("runs/digits-lt/synth/manifest.jsonl"))[0]["confidence"] > 1e-9
+
+
+def test_copies_are_told_of_and_can_be_left_out(call: Call) -> None:
+    done = call("synth", "--class", "nine", "--n", "3", "--json")
+    copies = json.loads(done.out)["copies"]["runs/digits-lt/synth"]
+    assert copies["pixel"] == {"copies": 0, "images": 3, "share": 0.0}
+    assert copies["feature"]["images"] == 3
+    assert "copies of training images: 0 of 3 by pixels" in call("synth", "--class", "nine", "--n", "3").out
+    assert Path("runs/digits-lt/synth/copies.png").exists()
+    left_out = call("synth", "--class", "nine", "--n", "3", "--out", "elsewhere", "--set", "select.copy_ratio=0.0")
+    assert "copies" not in left_out.out
+    assert not list(Path("elsewhere").glob("copies*"))
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says", "remedy"),
     [

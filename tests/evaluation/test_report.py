@@ -73,6 +73,15 @@ def table(names: tuple[str, ...], few: float = 90.0, interval: Interval | None =
     return dict(json.loads(json.dumps(document)))
 
 
+def copies(name: str) -> dict[str, Any]:
+    share = {"images": 40, "copies": 3, "share": 0.075}
+    few = {"images": 40, "copies": 1, "share": 0.025}
+    found = {**share, "real": few, "warns": True, "closest": []}
+    totals = {"generated": {"pixel": share, "feature": share}, "real": {"pixel": few, "feature": few}}
+    classes = [{"class": name, "pixel": found, "feature": found}, {"class": "of one image", "pixel": found}]
+    return {"copy_ratio": 1 / 3, **totals, "classes": classes, "warnings": [f"{name}: 7.5% of 40 images are copies"]}
+
+
 def full(names: tuple[str, ...] = ("cat", "dog", HOSTILE)) -> Parts:
     evaluated = table(names)
     return Parts(
@@ -86,7 +95,10 @@ def full(names: tuple[str, ...] = ("cat", "dog", HOSTILE)) -> Parts:
         },
         guide={"train": {"t": [0, 500, 999], "accuracy": [0.9, 0.6, 0.3]}, "test": {"t": [0, 500, 999], "accuracy": [0.8, 0.5, 0.3]}},
         made={2: (4, 3)},
+        dropped={2: {"distance": 1}},
         sheets=[(HOSTILE, png())],
+        copies=copies(names[-1]),
+        pairs=png(),
         cost={"train.source": 61.0, "synth": 5.0, HOSTILE: 1.0},
         environment={"cpus": 2, "device": "cpu", "packages": {"torch": HOSTILE}},
     )
@@ -116,6 +128,9 @@ def test_the_page_says_the_verdict_the_figures_and_how_to_make_it_again() -> Non
         "real + replay, same weight",
         "diffrc run demo.toml",
         "1 min 07 s",
+        "New images, or copies?",
+        "7.5 % of the generated images are copies by their pixels, 2.5 % of real images",
+        "1 too far",
         "75 %",
     ):
         assert words in page.text, words
@@ -131,7 +146,10 @@ def test_the_best_figure_of_each_block_is_bold_and_the_best_std_is_the_smallest(
     assert text.count("<b>90.0</b>") == len(VARIANTS)  # the block of balanced softmax: all equal, all best
 
 
-@pytest.mark.parametrize("missing", ["recipe_toml", "classes", "table", "metrics", "guide", "made", "sheets", "cost", "environment"])
+@pytest.mark.parametrize(
+    "missing",
+    ["recipe_toml", "classes", "table", "metrics", "guide", "made", "dropped", "sheets", "copies", "pairs", "cost", "environment"],
+)
 def test_a_missing_part_leaves_a_whole_page(missing: str) -> None:
     parts = full()
     Page(render(Parts(**{key: value for key, value in vars(parts).items() if key != missing})))
@@ -175,10 +193,15 @@ def test_the_report_of_a_run_folder_holds_what_the_folder_holds(tmp_path: Path) 
     store.append_json(run.stage("source") / "metrics.jsonl", {"step": 50, "loss": 0.5})
     for index, kept in enumerate((True, True, False)):
         store.append_json(run.synth / "manifest.jsonl", {"class_id": 2, "index": index, "kept": kept})
+    store.append_json(run.synth / "manifest.jsonl", {"class_id": 1, "index": 0, "kept": False, "dropped": "confidence"})
     store.write_bytes(run.synth / "contact-sheet.png", png())
+    store.write_bytes(run.synth / "copies.png", png())
+    store.write_json(run.synth / "copies.json", copies("eel"))
     run.add_cost("synth", 3.0)
     parts = collect(run)
-    assert parts.made == {2: (3, 2)}
+    assert parts.made == {1: (1, 0), 2: (3, 2)}
+    assert parts.dropped == {1: {"confidence": 1}}
+    assert parts.pairs == png()
     assert parts.guide == {"": {"t": [0, 999], "accuracy": [0.9, 0.1]}}
     assert [caption for caption, _ in parts.sheets] == ["contact sheet"]
     assert write_report(run) == tmp_path / "report" / "index.html"

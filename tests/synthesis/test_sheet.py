@@ -13,8 +13,11 @@ from PIL import Image
 
 from engines import store
 from engines.errors import DataError
-from engines.synthesis.select import Figures
+from engines.synthesis.select import REASONS, Figures, Reason
 from engines.synthesis.sheet import (
+    RED,
+    PairsRow,
+    PairTile,
     Record,
     SheetRow,
     contact_sheet,
@@ -22,6 +25,7 @@ from engines.synthesis.sheet import (
     encode_png,
     grid_png,
     image_path,
+    pairs_sheet,
     pixels_sha256,
     read_images,
     scan_class,
@@ -178,3 +182,41 @@ def test_a_contact_sheet_holds_originals_left_and_generated_right_of_a_gap() -> 
 def test_a_contact_sheet_takes_any_name_and_needs_no_originals(name: str) -> None:
     none = np.empty((0, 8, 8, 1), dtype=np.uint8)
     assert opened(contact_sheet([SheetRow(name, none, image(1)[None])])).shape[2] == 3
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_dropped_image_comes_back_with_its_reason_and_figures(reason: Reason) -> None:
+    record = replace(record_of(image(), kept=False), dropped=reason, figures=Figures(0.1, None, 1e-30))
+    assert decode_png(encode_png(image(), record), record.class_name, "x.png")[1] == record
+    assert record.line()["dropped"] == reason
+
+
+def test_a_reason_that_there_is_not_is_refused() -> None:
+    record = replace(record_of(image()), dropped="mood")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="mood"):
+        decode_png(encode_png(image(), record), record.class_name, "x.png")
+
+
+def tile(ratio: float, size: int = 8) -> PairTile:
+    return PairTile(np.full((size, size, 3), (0, 0, 255), np.uint8), np.full((size, size, 3), (0, 255, 0), np.uint8), 1.5, ratio)
+
+
+def test_pairs_stand_side_by_side_and_copies_are_framed_in_red() -> None:
+    def red(ratio: float) -> int:
+        sheet = opened(pairs_sheet([PairsRow("cat", [tile(ratio)], [])], 1 / 3))
+        blue = np.flatnonzero((sheet == (0, 0, 255)).all(2).any(0))
+        green = np.flatnonzero((sheet == (0, 255, 0)).all(2).any(0))
+        assert (len(blue), len(green), green.min() - blue.max()) == (48, 48, 3)
+        return int((sheet == RED).all(2).sum())
+
+    assert red(0.5) == 0
+    assert red(0.2) > 4 * 48
+
+
+@pytest.mark.parametrize(("size", "shown"), [(8, 48), (64, 64), (256, 128)])
+def test_pairs_are_shown_at_a_size_to_look_at_even_where_a_class_has_none_by_features(size: int, shown: int) -> None:
+    rows = [PairsRow("cat", [tile(0.5, size)] * 3, [tile(0.5, size)]), PairsRow("x" * 500, [tile(0.5, size)], [])]
+    sheet = opened(pairs_sheet(rows, 1 / 3))
+    blue = (sheet == (0, 0, 255)).all(2)
+    assert blue.sum() == 5 * shown * shown
+    assert (sheet[:, -10:] == 255).all(), "a margin"

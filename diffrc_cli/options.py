@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,24 @@ RunOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and how long it would take; write nothing.")]
+
+
+class Log(StrEnum):
+    """Where `--log` may show how training goes; Typer takes no list of a Literal."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+LogOption = Annotated[
+    list[Log] | None,
+    typer.Option(
+        "--log",
+        metavar="tensorboard|wandb",
+        help="Show figures and sample grids there too, beside metrics.jsonl; repeatable.",
+        show_default=False,
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 NewRunOption = Annotated[
     Path | None,

@@ -1,11 +1,12 @@
-# demo, test, check, bench: each makes .venv itself, with the exact versions of requirements/.
+# demo, test, test-all, check, bench: each makes .venv itself, with the exact versions of requirements/.
 PYTHON ?= python3
 
-.PHONY: demo test check bench
+.PHONY: demo test test-all check bench
 demo: .venv/.made ; @.venv/bin/diffrc run digits-lt
-test: .venv/.made ; @.venv/bin/python -m pytest
+test: .venv/.made ; @.venv/bin/python -m pytest -m "not slow"
+test-all: .venv/.made ; @.venv/bin/python -m pytest
 check: .venv/.made ; @.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
-bench: .venv/.made ; @.venv/bin/python tests/bench_sampling.py
+bench: .venv/.made ; @.venv/bin/python tests/bench_training.py && .venv/bin/python tests/bench_sampling.py
 
 .venv/.made: requirements/core.txt requirements/cpu.txt requirements/test.txt pyproject.toml
 	@echo "making .venv (torch is large: this takes some minutes the first time)"

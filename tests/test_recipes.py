@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from diffrc_cli.recipe import HEADER_KEYS, embedded, header_of
+from engines.networks.openai import CONFIGURATIONS
 from engines.recipe import Recipe, load
+from engines.training.diffusion import architecture
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 CIFAR_LT = {  # data set, imbalance -> images, as published with the data sets
@@ -127,6 +129,20 @@ def test_an_imagenet_recipe_has_the_published_network(name: str) -> None:
     values = PUBLISHED[name] | shared | {"use_scale_shift_norm": True, "learn_sigma": True}
     assert {key: getattr(recipe.unet, key) for key in values} == values
     assert recipe.diffusion.noise_schedule == {64: "cosine", 256: "linear"}[recipe.data.image_size_px]
+
+
+@pytest.mark.parametrize(("name", "configuration"), [("imagenet-lt-64", "imagenet-64-cond"), ("imagenet-lt-256", "imagenet-256-uncond")])
+def test_the_settings_that_a_comment_names_take_the_published_weights(name: str, configuration: str) -> None:
+    text = embedded()[name].read_text(encoding="utf-8")
+    settings = re.findall(r"--set (\S+)", text.partition("[source]")[2])
+    recipe = load(text, settings)
+    published = CONFIGURATIONS[configuration]
+    assert f"--config {configuration}\n" in text
+    assert recipe.source.pretrained == f"{configuration}.safetensors"
+    assert recipe.source.train_steps == 0
+    assert architecture(recipe, recipe.unet) == published.architecture
+    assert recipe.unet.class_cond == bool(published.classes)
+    assert recipe.diffusion.noise_schedule == published.noise_schedule
 
 
 def test_a_mirrored_digit_is_never_trained_on() -> None:

@@ -57,7 +57,7 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pretrained_sha256(path: Path, recipe: Recipe) -> str:
-    """sha256 of the file source.pretrained, "" without one; where the file is gone, that of the source trained from it.
+    """sha256 of the file source.pretrained, "" without one; where the file is gone, that of the run's source, even one kept aside.
 
     Args:
         path: of the run folder.
@@ -69,8 +69,12 @@ def pretrained_sha256(path: Path, recipe: Recipe) -> str:
     from engines.networks import pretrained
 
     file = Path(recipe.source.pretrained)
-    known = (store.newest_state(path / "source") or (0, {}))[1].get("made_of", {}).get("source.pretrained")
-    return str(known) if known and not file.exists() else pretrained.sha256(file)
+    if not file.exists():
+        sources = filter(None, map(store.newest_state, (path / "source", *sorted((path / store.STALE).glob("source-*")))))
+        known = filter(None, (state.get("made_of", {}).get("source.pretrained") for _, state in sources))
+        if (first := next(known, None)) is not None:
+            return str(first)
+    return pretrained.sha256(file)
 
 
 # ---------------------------------------------------------------------------------------------------------- examination

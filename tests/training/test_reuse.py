@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,9 @@ def test_a_pretrained_file_that_is_gone_is_what_it_was_for_the_source_that_start
     save_checkpoint(tmp_path / "source", Checkpoint(4, {"ema": {"w": torch.zeros(1)}}, reuse.identity(values)))
     file.unlink()
     assert reuse.pretrained_sha256(tmp_path, settings) == known
+    (tmp_path / "aside" / "stale").mkdir(parents=True)
+    shutil.copytree(tmp_path / "source", tmp_path / "aside" / "stale" / "source-1")
+    assert reuse.pretrained_sha256(tmp_path / "aside", settings) == known
     assert reuse.changes(reuse.identity(values), 4, settings, "source", "0") == ""
     assert "source.pretrained" in reuse.changes(reuse.identity(values), 4, recipe(), "source", "0")
     with pytest.raises(DataError, match=r"weights\.safetensors"):

@@ -28,6 +28,7 @@ from engines.errors import ConflictError, DataError, EngineError, NumericsError,
 from engines.networks import pretrained
 from engines.recipe import Recipe, load, read
 from engines.training import diffusion, loop, stages
+from engines.training import guide as guides
 from engines.training.stages import choose_device, load_guide, load_unet, train_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -239,6 +240,32 @@ def test_a_pretrained_source_of_no_steps_is_its_file_and_the_target_goes_on_from
     pretrained.write(file, trained.state_dict(), card)
     assert train_run(longer, data, CPU) == {"source": 2, "target": 4, "guide": 0}
     assert weights_sha256(load_unet(store.open_run(run.path), "source")) != weights_sha256(trained)
+
+
+def test_a_guide_that_starts_from_the_target_takes_its_ema_and_follows_its_settings(
+    tiny_copy: Path, data: LongTail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = guides.take_encoder, list[str]()
+
+    def watched(guide: Any, unet: Any) -> int:
+        seen.append(weights_sha256(unet.cpu()))
+        before = {name: value.clone() for name, value in guide.encoder.state_dict().items()}
+        taken = real(guide, unet)
+        after = guide.encoder.state_dict()
+        assert taken > 20
+        assert sum(not torch.equal(before[name], after[name]) for name in after) > 10
+        return taken
+
+    monkeypatch.setattr(guides, "take_encoder", watched)
+    unet = store.open_run(tiny_copy).recipe.unet
+    same = [f"guide.{key}={list(v) if isinstance(v := getattr(unet, key), tuple) else v}" for key in ("channel_mult", "num_res_blocks")]
+    run = with_settings(tiny_copy, *same, f"guide.attention_resolutions={list(unet.attention_resolutions)}", "guide.init_from=target")
+    assert train_run(run, data, CPU) == {"source": 0, "target": 0, "guide": 4}
+    assert seen == [weights_sha256(load_unet(run))]
+    load_guide(run)
+    changed = with_settings(tiny_copy, "target.gamma=0.3")
+    with pytest.raises(UsageError, match=r"the guide of .* is stale: target\.gamma"):
+        load_guide(changed)
 
 
 def test_a_pretrained_file_that_cannot_be_used_is_refused_before_training(tiny_run: Path, data: LongTail, tmp_path: Path) -> None:

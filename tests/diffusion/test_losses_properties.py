@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -82,6 +82,7 @@ def test_equation_12_on_paper() -> None:
 # ----------------------------------------------------------------------------------------------------------- invariances
 
 
+@settings(max_examples=50, deadline=None)
 @given(seeds, sizes, st.integers(1, 100))
 def test_the_order_of_the_images_of_a_group_and_of_the_groups_does_not_change_the_pair_loss(seed: int, m: int, count: int) -> None:
     source, target = randn(seed, 2, m, 1, 3, 3), randn(seed + 1, 2, m, 1, 3, 3)
@@ -90,11 +91,12 @@ def test_the_order_of_the_images_of_a_group_and_of_the_groups_does_not_change_th
     loss, *entropies = pair_diversity_loss(source, target, counts, temperature=0.2)
     shuffled, *entropies_shuffled = pair_diversity_loss(source[:, order], target[:, order], counts, temperature=0.2)
     torch.testing.assert_close(shuffled, loss, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(entropies_shuffled, entropies)
+    torch.testing.assert_close(entropies_shuffled, entropies, rtol=1e-4, atol=1e-5)
     swapped, _, _ = pair_diversity_loss(source.flip(0), target.flip(0), counts.flip(0), temperature=0.2)
-    torch.testing.assert_close(swapped.flip(0), loss)
+    torch.testing.assert_close(swapped.flip(0), loss, rtol=1e-4, atol=1e-6)
 
 
+@settings(max_examples=50, deadline=None)
 @given(seeds, sizes, st.floats(1e-3, 1e3))
 def test_the_scale_of_x0_does_not_change_the_pair_loss(seed: int, m: int, scale: float) -> None:
     source, target = randn(seed, 1, m, 1, 3, 3), randn(seed + 1, 1, m, 1, 3, 3)
@@ -104,6 +106,7 @@ def test_the_scale_of_x0_does_not_change_the_pair_loss(seed: int, m: int, scale:
     torch.testing.assert_close(scaled, loss, rtol=1e-3, atol=1e-6)
 
 
+@settings(max_examples=50, deadline=None)
 @given(seeds, sizes, st.floats(0.05, 5), st.sampled_from(["tar||sou", "sou||tar"]))
 def test_the_pair_loss_is_a_kl_so_never_negative_and_0_where_the_rows_agree(seed: int, m: int, temperature: float, way: str) -> None:
     source, target = randn(seed, 1, m, 1, 2, 2), randn(seed + 1, 1, m, 1, 2, 2)
@@ -134,6 +137,7 @@ def test_fewer_images_are_refused_with_the_reason(m: int) -> None:
         neighbor_log_probs(randn(0, 1, m, 1, 2, 2), 1.0)
 
 
+@settings(max_examples=50, deadline=None)
 @given(seeds, st.integers(1, 12), st.integers(1, 5))
 def test_the_order_of_a_batch_does_not_change_equation_12_image_by_image(seed: int, batch: int, classes: int) -> None:
     features, prototypes = F.normalize(randn(seed, batch, 6), dim=1), F.normalize(randn(seed + 1, classes, 6), dim=1)
@@ -141,14 +145,16 @@ def test_the_order_of_a_batch_does_not_change_equation_12_image_by_image(seed: i
     log_prior = F.log_softmax(randn(seed + 2, classes), dim=0)
     order, renamed = permutation(seed, batch), permutation(seed + 1, classes)
     loss = prototype_contrastive_loss(features, labels, prototypes, log_prior)
-    torch.testing.assert_close(prototype_contrastive_loss(features[order], labels[order], prototypes, log_prior), loss[order])
+    again = prototype_contrastive_loss(features[order], labels[order], prototypes, log_prior)
+    torch.testing.assert_close(again, loss[order], rtol=1e-4, atol=1e-5)  # 1 / tau enlarges the rounding of the cosines
     names = renamed.argsort()[labels]  # the same classes under other numbers
     torch.testing.assert_close(
         prototype_contrastive_loss(features, names, prototypes[renamed], log_prior[renamed]), loss, rtol=1e-4, atol=1e-5
     )
-    assert (loss >= 0).all()
+    assert (loss > -1e-5).all()
 
 
+@settings(max_examples=50, deadline=None)
 @given(seeds, st.integers(1, 20), st.floats(0.5, 0.9999))
 def test_equation_11_keeps_unit_length_moves_no_class_without_images_and_classes_do_not_mix(seed: int, batch: int, momentum: float) -> None:
     prototypes, features = F.normalize(randn(seed, 4, 6), dim=1), F.normalize(randn(seed + 1, batch, 6), dim=1)
@@ -158,11 +164,12 @@ def test_equation_11_keeps_unit_length_moves_no_class_without_images_and_classes
     torch.testing.assert_close(moved[3], prototypes[3])
     for k in range(3):
         alone = update_prototypes(prototypes, features[labels == k], labels[labels == k], momentum)
-        torch.testing.assert_close(alone[k], moved[k])
+        torch.testing.assert_close(alone[k], moved[k], rtol=1e-4, atol=1e-5)
     order = torch.cat([(labels == k).nonzero().flatten() for k in range(3)])  # classes one after another, each in its own order
-    torch.testing.assert_close(update_prototypes(prototypes, features[order], labels[order], momentum), moved)
+    torch.testing.assert_close(update_prototypes(prototypes, features[order], labels[order], momentum), moved, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=50, deadline=None)
 @given(seeds, st.floats(-3, 3))
 def test_only_the_ratios_of_the_prior_count(seed: int, constant: float) -> None:
     features, prototypes = F.normalize(randn(seed, 3, 6), dim=1), F.normalize(randn(seed + 1, 4, 6), dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.diffusion.respacing import spaced_timesteps
@@ -44,6 +44,7 @@ def test_a_place_midway_goes_to_the_even_timestep() -> None:
     assert spaced_timesteps(4, 3) == [0, 2, 3]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 400), st.data())
 def test_timesteps_increase_strictly_and_lie_in_their_sections(total: int, data: st.DataObject) -> None:
     sections = data.draw(st.integers(1, min(total, 6)))

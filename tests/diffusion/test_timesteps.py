@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -73,6 +73,7 @@ def test_the_weighted_mean_over_draws_is_the_mean_over_all_timesteps(kind: Times
         assert np.var(estimates) < 0.5 * plain
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 60), st.integers(0, 2**32))
 def test_each_stratum_gets_one_image_and_a_shuffled_batch_is_shuffled_alike(batch: int, seed: int) -> None:
     u = uniforms(batch, seed=seed)
@@ -106,6 +107,7 @@ def test_it_is_uniform_until_every_timestep_has_ten_losses() -> None:
     assert sampler.probabilities().tolist() == pytest.approx([0.999 * k / 10 + 0.00025 for k in (1, 2, 3, 4)])
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 100, width=32)), min_size=1, max_size=40), min_size=1, max_size=6))
 def test_the_history_is_the_last_ten_losses_of_each_timestep_in_the_order_of_the_batches(batches: list[list[tuple[int, float]]]) -> None:
     sampler, by_hand = TimestepSampler("loss-second-moment", 4), defaultdict(lambda: deque(maxlen=HISTORY))

@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from diffrc_cli import __version__, console, data, evaluate, export, import_, recipe, report, run, synth, train
-from engines.errors import DiffRCError, Interrupted, StorageError
+from engines.errors import DiffRCError, Interrupted, StorageError, UsageError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -41,6 +41,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def diffrc(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure; works at any place of the line.")] = False,
 ) -> None:
@@ -48,6 +49,10 @@ def diffrc(
 
     Example: diffrc run digits-lt
     """
+    if context.invoked_subcommand != "train" and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ["RANK"] != "0":
+            raise typer.Exit(USAGE_ERROR)
+        raise UsageError(f"diffrc {context.invoked_subcommand} runs in one process", "torchrun is for diffrc train; leave it out here")
 
 
 for command in (run.run, train.train, export.export, synth.synth, evaluate.evaluate, report.report):  # in the order of the work

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from diffrc_cli import console
-from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, NewRunOption, RecipeArgument, SetOption
+from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, LogOption, NewRunOption, RecipeArgument, SetOption
 from diffrc_cli.train import estimating, recipe_of_run, show_forecast
 
 
@@ -13,6 +15,7 @@ def run(
     run: NewRunOption = None,
     overrides: SetOption = None,
     device: DeviceOption = "auto",
+    log: LogOption = None,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -29,11 +32,13 @@ def run(
     from engines.evaluation.report import write_report
     from engines.synthesis.synthesize import fill_run
     from engines.training.forecast import forecast
+    from engines.training.sinks import open_sinks, require_packages
     from engines.training.stages import choose_device, train_run
 
     settings, path = recipe_of_run(recipe, data, run, overrides)
     where = choose_device(device)
     require_runtime()
+    require_packages(log or ())
     tail = prepare(settings.data, None)
     if not len(tail.test):
         raise _no_test_images(settings.data.source)
@@ -45,7 +50,8 @@ def run(
             return
         with store.locked(path):
             folder = store.create_run(path, settings)
-            train_run(folder, tail, where, estimating(report), console.note)
+            with closing(open_sinks(log or (), path, settings.model_dump(mode="json"), console.note)) as sinks:
+                train_run(folder, tail, where, estimating(report), console.note, sinks=sinks)
             export_run(folder, (settings.synth.model,), report)
             made = fill_run(folder, tail, report)
             table = evaluate_run(folder, tail, report)

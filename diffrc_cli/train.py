@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffrc_cli import console
-from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, NewRunOption, RecipeArgument, SetOption
+from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, LogOption, NewRunOption, RecipeArgument, SetOption
 from diffrc_cli.recipe import resolve
 
 if TYPE_CHECKING:
@@ -27,29 +28,45 @@ def train(
     run: NewRunOption = None,
     overrides: SetOption = None,
     device: DeviceOption = "auto",
+    log: LogOption = None,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Train the source model on the head, adapt it to the tail, and train the guide. The same command continues.
 
     Example: diffrc train cifar10-lt-100 --data DIR
+    On two GPUs: torchrun --nproc-per-node 2 -m -- diffrc_cli train cifar10-lt-100 --data DIR
     """
     from engines import store
     from engines.data.longtail import prepare
+    from engines.errors import UsageError
+    from engines.progress import silent
+    from engines.training.distributed import joined
     from engines.training.forecast import forecast
+    from engines.training.sinks import open_sinks, require_packages
     from engines.training.stages import choose_device, train_run
 
-    settings, path = recipe_of_run(recipe, data, run, overrides)
-    where = choose_device(device)
-    tail = prepare(settings.data, None)
-    with console.progress() as report:
-        tail.train.preload(report)  # a damaged image is met before a folder is made
-        if dry_run:
-            show_forecast(forecast(path, settings, tail, where), path, where.type, json)
-            return
-        with store.locked(path):
-            folder = store.create_run(path, settings)
-            trained = train_run(folder, tail, where, estimating(report), console.note)
+    with joined() as world:  # first of all: whatever fails from here on is told by one process
+        settings, path = recipe_of_run(recipe, data, run, overrides)
+        world = world.on(choose_device(device))
+        world.require_fits(settings)
+        require_packages(log or ())
+        tail = prepare(settings.data, None)
+        with console.progress() if world.first else nullcontext(silent) as report:
+            tail.train.preload(report)  # a damaged image is met before a folder is made
+            if dry_run:
+                if world.size > 1:
+                    raise UsageError("--dry-run measures one process", "the same command without torchrun")
+                show_forecast(forecast(path, settings, tail, world.device), path, world.device.type, json)
+                return
+            world.wait()  # until all have read what the first one is about to write
+            if not world.first:
+                train_run(store.RunFolder(path, settings), tail, world.device, world=world)
+                return
+            with store.locked(path):
+                folder = store.create_run(path, settings)
+                with closing(open_sinks(log or (), path, settings.model_dump(mode="json"), console.note)) as sinks:
+                    trained = train_run(folder, tail, world.device, estimating(report), console.note, sinks, world)
     if json:
         console.emit_json({"run": str(path), "trained_steps": trained})
         return

@@ -1,6 +1,7 @@
 """Training by several processes: what each one is, and what they tell each other.
 
-`torchrun --nproc-per-node 2 -m diffrc_cli train ...` starts them. Every process holds the whole model and takes its rows of each
+`torchrun --nproc-per-node 2 -m -- diffrc_cli train ...` starts them (without the `--`, torchrun takes `--run` and `--log` for
+abbreviations of its own options). Every process holds the whole model and takes its rows of each
 global batch; gradients are averaged while the backward pass runs (`DistributedDataParallel`). Files are written by process 0 alone.
 """
 

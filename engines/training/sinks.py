@@ -5,6 +5,7 @@ Their packages are imported when a sink is opened. metrics.jsonl is the record; 
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from PIL import Image
 
 from engines.errors import EngineError, UsageError
 
-NAMES = ("tensorboard", "wandb")
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 FOLDER = "tensorboard"  # of a run
 PROJECT = "diffrc"  # on Weights & Biases
 
@@ -74,22 +75,29 @@ def open_sinks(names: Sequence[str], run: Path, config: Mapping[str, Any], tell:
 
     Raises:
         UsageError: for an unknown name.
-        EngineError: where a package is missing, or a sink cannot be opened.
+        EngineError: where a package is missing, or a service cannot be reached.
     """
-    for name in names:
-        if name not in NAMES:
-            raise UsageError(f"there is no sink named {name!r}", f"--log {' or --log '.join(NAMES)}")
+    require_packages(names)
     return Sinks({name: TensorBoard(run / FOLDER) if name == "tensorboard" else WeightsAndBiases(run, config) for name in names}, tell)
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """Raise UsageError for an unknown sink, EngineError for one whose package is not installed."""
+    for name in names:
+        if name not in PACKAGES:
+            raise UsageError(f"there is no sink named {name!r}", f"--log {' or --log '.join(PACKAGES)}")
+        try:
+            importlib.import_module(PACKAGES[name])
+        except ImportError:
+            raise EngineError(f"--log {name} needs the package {name}, which is not installed", "pip install 'diffrc[logging]'") from None
 
 
 class TensorBoard:
     """Event files, a folder a stage: `tensorboard --logdir RUN/tensorboard` shows the stages as runs beside each other."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._make, self._folder = SummaryWriter, folder
         self._writers: dict[str, Any] = {}
 
@@ -115,10 +123,8 @@ class WeightsAndBiases:
     """A run of that service, named as the run folder and resumed by that name; WANDB_MODE=offline keeps it on the disk."""
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
+        import wandb
+
         self._wandb = wandb
         name = run.absolute().name
         try:
@@ -150,7 +156,3 @@ def pixels(png: bytes) -> npt.NDArray[np.uint8]:
     """(H, W, 3) of a PNG."""
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _missing(package: str) -> EngineError:
-    return EngineError(f"--log {package} needs the package {package}, which is not installed", "pip install 'diffrc[logging]'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -25,9 +25,11 @@ from engines.store import RunFolder
 from engines.training import calibration, reuse
 from engines.training import guide as guides
 from engines.training.diffusion import build_unet, training_schedule
+from engines.training.distributed import ALONE, World
 from engines.training.guide import build_guide, guide_stage
 from engines.training.loop import Stage, is_complete, train
 from engines.training.reuse import StageStatus
+from engines.training.sinks import Sinks
 from engines.training.source import source_stage
 from engines.training.target import target_stage
 
@@ -35,7 +37,13 @@ BYTES_PER_VALUE = 4 * (store.CHECKPOINTS_KEPT + 1)  # in float32, in each checkp
 
 
 def train_run(
-    run: RunFolder, data: LongTail, device: torch.device, report: Report = silent, tell: Callable[[str], None] = lambda _: None
+    run: RunFolder,
+    data: LongTail,
+    device: torch.device,
+    report: Report = silent,
+    tell: Callable[[str], None] = lambda _: None,
+    sinks: Sinks | None = None,
+    world: World = ALONE,
 ) -> dict[str, int]:
     """Train source, target and guide, each to its last step, skipping what is complete. The caller holds the run's lock.
 
@@ -43,6 +51,8 @@ def train_run(
 
     Args:
         tell: hears such sentences before anything is trained.
+        sinks: are given the figures and sample grids, beside the run folder.
+        world: this process and those that train with it; the first one writes, and holds the lock for all.
 
     Returns: steps trained by this call, by stage.
 
@@ -52,22 +62,17 @@ def train_run(
         StorageError, NumericsError, Interrupted: see `loop.train`.
     """
     recipe = run.recipe
-    run.keep_classes(data.table())
     data.train.preload(report)
-    pretrained_sha256 = reuse.pretrained_sha256(run.path, recipe)
-    plan = reuse.examine(run.path, recipe, data.kept_sha256, pretrained_sha256)
-    for sentence in filter(None, (status.sentence(run.path) for status in plan)):
-        tell(sentence)
     source, guide = new_unet(recipe, len(data.counts)), new_guide(recipe, data.counts)
     sizes = {"source": parameter_count(source), "target": parameter_count(source), "guide": parameter_count(guide)}
-    store.require_space(run.path, sum(bytes_to_write(run, status, sizes[status.name]) for status in plan))
-    reuse.arrange(plan, run.path)
+    pretrained_sha256 = _set_in_order(run, data, sizes, tell) if world.first else ""
+    world.wait()
     if store.newest_state(run.stage("source")) is None:
         start_from_file(source, recipe, tell)
 
     def train_stage(stage: Stage) -> int:
         identity = reuse.identity(reuse.made_of(recipe, stage.name, data.kept_sha256, pretrained_sha256))
-        return _timed(run, replace(stage, identity=identity), device, report)
+        return _timed(run, replace(stage, identity=identity), device, report, world, sinks)
 
     trained = {"source": train_stage(source_stage(recipe, data, source, device))}
 
@@ -80,11 +85,12 @@ def train_run(
     guides.warm_start(guide, recipe, data, device)
     trained["guide"] = train_stage(guide_stage(recipe, data, guide, device))
     accuracy = run.stage("guide") / "accuracy.json"
-    if trained["guide"] or not accuracy.exists():
+    if world.first and (trained["guide"] or not accuracy.exists()):
         schedule = training_schedule(recipe, device)
         splits = {"train": data.train, "test": data.test}  # the test images are reported on; they choose nothing
         by_split = {name: calibration.by_noise(guide, part, schedule, recipe.seed) for name, part in splits.items() if len(part)}
         store.write_json(accuracy, by_split)
+    world.wait()
     return trained
 
 
@@ -155,14 +161,31 @@ def load_guide(run: RunFolder) -> Guide:
     return guide
 
 
-def _timed(run: RunFolder, stage: Stage, device: torch.device, report: Report) -> int:
+def _set_in_order(run: RunFolder, data: LongTail, sizes: Mapping[str, int], tell: Callable[[str], None]) -> str:
+    """What one process does before training: class table, space, stale stages aside. Returns sha256 of the file source.pretrained."""
+    run.keep_classes(data.table())
+    pretrained_sha256 = reuse.pretrained_sha256(run.path, run.recipe)
+    plan = reuse.examine(run.path, run.recipe, data.kept_sha256, pretrained_sha256)
+    for sentence in filter(None, (status.sentence(run.path) for status in plan)):
+        tell(sentence)
+    store.require_space(run.path, sum(bytes_to_write(run, status, sizes[status.name]) for status in plan))
+    reuse.arrange(plan, run.path)
+    return pretrained_sha256
+
+
+def _timed(run: RunFolder, stage: Stage, device: torch.device, report: Report, world: World, sinks: Sinks | None) -> int:
     started = time.perf_counter()
+
+    def add_cost() -> None:
+        if world.first:
+            run.add_cost(f"train.{stage.name}", time.perf_counter() - started)
+
     try:
-        steps = train(stage, run.stage(stage.name), run.recipe.seed, device, report)
+        steps = train(stage, run.stage(stage.name), run.recipe.seed, device, report, world, sinks)
     except (Interrupted, NumericsError):  # not StorageError: where a checkpoint could not be written, this cannot either, and would hide it
-        run.add_cost(f"train.{stage.name}", time.perf_counter() - started)
+        add_cost()
         raise
-    run.add_cost(f"train.{stage.name}", time.perf_counter() - started)
+    add_cost()
     return steps
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import sys
 import types
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 
 from engines.errors import EngineError, UsageError
 from engines.synthesis.sheet import grid_png
-from engines.training.sinks import Sinks, TensorBoard, open_sinks
+from engines.training.sinks import PACKAGES, Sinks, TensorBoard, open_sinks
 
 PNG = grid_png(torch.zeros(4, 1, 8, 8), 2)
 
@@ -107,14 +106,7 @@ def test_a_service_that_cannot_start_is_refused_before_training(tmp_path: Path, 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_named_with_the_line_that_installs_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(module: str, *rest: Any, **more: Any) -> Any:
-        if module.split(".")[0] == name or module == f"torch.utils.{name}":
-            raise ImportError(module)
-        return real(module, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)  # the import system's word for a module that is not there
     with pytest.raises(EngineError, match=f"needs the package {name}") as refusal:
         open_sinks([name], tmp_path, {}, print)
     assert refusal.value.remedy == "pip install 'diffrc[logging]'"

@@ -102,10 +102,10 @@ def synth(
     for part in parts:
         if not json:
             _show(part)
-        for line in part.warnings[:SHOWN]:
+        for line in part.copy_warnings[:SHOWN]:
             console.note(f"warning: {line}")
-        if len(part.warnings) > SHOWN:
-            console.note(f"and {len(part.warnings) - SHOWN} more such warnings: {part.folder}/copies.json, yield.json")
+        if len(part.copy_warnings) > SHOWN:
+            console.note(f"and {len(part.copy_warnings) - SHOWN} more such warnings in {part.folder / 'copies.json'}")
         if part.copy_warnings:
             console.note(f"try:     {_fewer_copies(part.model)}")
     if short := [c for part in parts for c in part.classes if c.short]:
@@ -139,7 +139,7 @@ def _show(part: Synthesis) -> None:
     console.say(f"contact sheet: {part.sheet}")
     if part.copies:
         told = [
-            f"{found.copies} of {found.images} by {space}s (of real images {_percent(usual.share)})"
+            f"{found.copies} of {found.images} by {space}s (real images: {_percent(usual.share)})"
             for space, usual in part.copies.usual.items()
             if (found := part.copies.total(space)).images
         ]
@@ -147,7 +147,7 @@ def _show(part: Synthesis) -> None:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.3g} %"
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _fewer_copies(model: str) -> str:

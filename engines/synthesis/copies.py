@@ -221,8 +221,8 @@ class Copies:
                 if finding.warns:
                     found, usual, pair = finding.generated, _yardstick(finding.real, finding.usual), finding.pairs[0]
                     lines.append(
-                        f"{shorten(c.name)}: {found.share:.1%} of {found.images} images are copies of training images by their {space}s, "
-                        f"of real ones {usual.share:.1%}; the closest: {pair.generated.path()} of {train.origin(pair.real)}"
+                        f"{shorten(c.name)}: {100 * found.share:.1f} % of {found.images} images are copies of training images by {space}s, "
+                        f"of real ones {100 * usual.share:.1f} %; the closest: {pair.generated.path()} of {train.origin(pair.real)}"
                     )
         return lines
 

@@ -252,7 +252,7 @@ def test_the_check_is_recomputed_to_the_byte_and_says_what_it_compared(tmp_path:
         "ratio": 0.0,
     }
     (warning,) = table["warnings"]
-    assert "cat: 20.0% of 5 images" in warning
+    assert "cat: 20.0 % of 5 images" in warning
     assert "cat-0000/000004.png of the set (image 13)" in warning
 
 

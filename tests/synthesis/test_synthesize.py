@@ -470,6 +470,19 @@ def test_a_run_that_is_not_exported_is_refused_and_torch_needs_no_export(tiny_co
     assert (result.engine, result.made) == ("torch", 1)
 
 
+def test_without_a_guide_images_are_made_and_compared_by_pixels_and_a_filter_says_what_it_needs(tiny_copy: Path) -> None:
+    shutil.rmtree(tiny_copy / "guide")
+    settings = ("synth.engine=torch", "synth.guidance_scale=0.0")
+    run = store.open_run(tiny_copy, settings)
+    (result,) = synthesize(run, {9: 2}, originals=prepare(run.recipe.data, None))
+    assert result.copies is not None
+    assert list(result.copies.usual) == ["pixel"]
+    for filter_on in ("select.confidence=0.5", "select.distance_band=2.0"):
+        with pytest.raises(UsageError, match="guide") as failure:
+            synthesize(store.open_run(tiny_copy, (*settings, filter_on)), {9: 2}, out=tiny_copy / "other")
+        assert "diffrc train" in failure.value.remedy
+
+
 def test_an_engine_of_other_weights_is_stale(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(makers, "weights_sha256", lambda _: "of later weights")
     with pytest.raises(EngineError, match="other weights"):

@@ -31,7 +31,6 @@ def run(
     from engines.evaluation.accuracy import evaluate_run, verdict
     from engines.evaluation.report import write_report
     from engines.synthesis.synthesize import fill_run
-    from engines.training.forecast import forecast
     from engines.training.sinks import open_sinks, require_packages
     from engines.training.stages import choose_device, train_run
 
@@ -42,12 +41,12 @@ def run(
     tail = prepare(settings.data, None)
     if not len(tail.test):
         raise _no_test_images(settings.data.source)
+    if dry_run:  # of the training, which takes nearly all of the time
+        show_forecast(settings, path, tail, where, json)
+        return
     with console.progress() as report:
         for images in (tail.pool, tail.train, tail.test):  # a damaged image is met before a folder is made, not hours later
             images.preload(report)
-        if dry_run:  # of the training, which takes nearly all of the time
-            show_forecast(forecast(path, settings, tail, where), path, where.type, json)
-            return
         with store.locked(path):
             folder = store.create_run(path, settings)
             with closing(open_sinks(log or (), path, settings.model_dump(mode="json"), console.note)) as sinks:

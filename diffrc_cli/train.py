@@ -13,10 +13,12 @@ from diffrc_cli.recipe import resolve
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
+
+    from engines.data.longtail import LongTail
     from engines.progress import Report
     from engines.recipe import Recipe
     from engines.store import RunFolder
-    from engines.training.forecast import Forecast
 
 MEASURED_STEPS = 10  # before a rate is believed: the first ones are slower
 LONG_SECONDS = 60.0  # a shorter stage needs no estimate
@@ -42,7 +44,6 @@ def train(
     from engines.errors import UsageError
     from engines.progress import silent
     from engines.training.distributed import joined
-    from engines.training.forecast import forecast
     from engines.training.sinks import open_sinks, require_packages
     from engines.training.stages import choose_device, train_run
 
@@ -52,13 +53,13 @@ def train(
         world.require_fits(settings)
         require_packages(log or ())
         tail = prepare(settings.data, None)
+        if dry_run:
+            if world.size > 1:
+                raise UsageError("--dry-run measures one process", "the same command without torchrun")
+            show_forecast(settings, path, tail, world.device, json)
+            return
         with console.progress() if world.first else nullcontext(silent) as report:
             tail.train.preload(report)  # a damaged image is met before a folder is made
-            if dry_run:
-                if world.size > 1:
-                    raise UsageError("--dry-run measures one process", "the same command without torchrun")
-                show_forecast(forecast(path, settings, tail, world.device), path, world.device.type, json)
-                return
             world.wait()  # until all have read what the first one is about to write
             if not world.first:
                 train_run(store.RunFolder(path, settings), tail, world.device, world=world)
@@ -110,8 +111,12 @@ def estimating(report: Report) -> Report:
     return hear
 
 
-def show_forecast(found: Forecast, path: Path, device: str, json: bool) -> None:
-    """What training would do and take, as a table or as JSON."""
+def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.device, json: bool) -> None:
+    """Measure what training would do and take, and print it as a table or as JSON."""
+    from engines.training.forecast import forecast
+
+    with console.progress() as report:
+        found = forecast(path, recipe, tail, device, report)
     stages = found.stages
     if json:
         rows = [
@@ -130,7 +135,7 @@ def show_forecast(found: Forecast, path: Path, device: str, json: bool) -> None:
             for s in stages
         ]
         totals = {"seconds_left": found.seconds_left, "disk_bytes": found.disk_bytes, "free_bytes": found.free_bytes}
-        console.emit_json({"run": str(path), "device": device, "stages": rows, **totals})
+        console.emit_json({"run": str(path), "device": device.type, "stages": rows, **totals})
         return
     for sentence in filter(None, (s.status.sentence(path) for s in stages)):
         console.prose(sentence)
@@ -152,7 +157,7 @@ def show_forecast(found: Forecast, path: Path, device: str, json: bool) -> None:
         ],
     )
     memory = max((s.memory_bytes or 0 for s in stages), default=0)
-    on = f"on this {device}" + (f" with {size(memory)} of its memory" if memory else "")
+    on = f"on this {device.type}" + (f" with {size(memory)} of its memory" if memory else "")
     console.say(f"in all: {console.duration(found.seconds_left)} {on}; {size(found.disk_bytes)} of disk, {size(found.free_bytes)} are free")
 
 

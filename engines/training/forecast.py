@@ -10,6 +10,7 @@ import torch
 from engines import store
 from engines.data.longtail import LongTail
 from engines.networks.unet import parameter_count
+from engines.progress import Report, silent
 from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.training import reuse
@@ -57,7 +58,7 @@ class Forecast:
         return sum(stage.disk_bytes for stage in self.stages)
 
 
-def forecast(path: Path, recipe: Recipe, data: LongTail, device: torch.device) -> Forecast:
+def forecast(path: Path, recipe: Recipe, data: LongTail, device: torch.device, report: Report = silent) -> Forecast:
     """What `train_run` would do in a folder, which need not exist.
 
     Rates are those of untrained networks: values do not change them. Held-out figures, sample grids and checkpoints are not
@@ -66,6 +67,7 @@ def forecast(path: Path, recipe: Recipe, data: LongTail, device: torch.device) -
     Raises ConflictError, DataError and UsageError as `train_run`.
     """
     run = RunFolder(path, recipe)
+    data.train.preload(report)
     if (path / "classes.json").exists():
         run.keep_classes(data.table())  # writes nothing where there is a table
     plan = reuse.examine(path, recipe, data.kept_sha256, reuse.pretrained_sha256(path, recipe))
@@ -80,7 +82,8 @@ def forecast(path: Path, recipe: Recipe, data: LongTail, device: torch.device) -
     }
     sizes = {"source": parameter_count(source), "target": parameter_count(target), "guide": parameter_count(guide)}
     found = []
-    for status in plan:
+    for done, status in enumerate(plan):
+        report("measure", done, len(plan), {})
         left = 0 if status.complete else status.steps - (status.step or 0)
         seconds, memory = _measured(made[status.name](), device) if left else (0.0, None)
         batch_size = reuse.settings_of(recipe, status.name).batch_size
@@ -95,6 +98,7 @@ def forecast(path: Path, recipe: Recipe, data: LongTail, device: torch.device) -
                 memory,
             )
         )
+    report("measure", len(plan), len(plan), {})
     return Forecast(tuple(found), store.free_bytes(path))
 
 

@@ -163,3 +163,11 @@ def test_a_dry_run_is_a_table_of_what_is_left_and_writes_nothing(
     assert [(s["stage"], s["state"], s["steps_left"]) for s in told["stages"]][2] == ("guide", "stale", 4)
     assert told["seconds_left"] == 1_200_016
     assert {path: path.stat().st_mtime_ns for path in tiny_copy.rglob("*")} == before
+
+
+def test_a_log_is_written_beside_the_metrics_and_an_unknown_one_refused(call: Caller, tiny_copy: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert call("--log", "fax").code == 2
+    done = call("--run", "runs/digits-lt", "--set", "guide.tau=0.7", "--log", "tensorboard")
+    assert done.code == 0, done.err
+    assert [path.parent.name for path in (tiny_copy / "tensorboard").rglob("events*")] == ["guide"]

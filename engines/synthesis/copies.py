@@ -47,8 +47,9 @@ SpaceName = Literal["pixel", "feature"]
 
 COPIES_FILE, PAIRS_FILE = "copies.json", "copies.png"
 COMPARED_PX = 32  # larger images are averaged down to this: a copy stays one, and the cost stays bounded
-OTHERS_COMPARED = 20_000  # real images of classes that the folder does not hold, evenly spaced; those of its own classes all take part
-USUAL_IMAGES = 4_000  # real images, over all classes, that are left out one by one
+OTHERS_LEAST, OTHERS_MOST = 2_000, 20_000  # real images of classes that the folder does not hold, evenly spaced ones:
+OTHERS_PER_IMAGE = 4  # so many for each generated image, for a look at five images should not take longer than making them
+USUAL_IMAGES = 1_000  # real images, over all classes, that are left out one by one
 USUAL_LEAST = 10  # of each class, if it has them
 TOLD_BY_FEATURES = 3  # different real images that a class needs: of fewer, the second nearest is of another class, far off for every image
 STANDARD_ERRORS: Mapping[SpaceName, float] = {"pixel": 0.0, "feature": 3.0}  # by which copies must be more frequent than among real images
@@ -309,8 +310,9 @@ def find_copies(
     if not recipe.select.copy_ratio or not records or not len(train):
         return None
     mirrored = recipe.source.horizontal_flip or recipe.target.horizontal_flip
-    chosen = _compared_with(train.labels, list(records))
-    steps = _Steps(len(chosen) + sum(map(len, records.values())), shelf.folder, report, stop or StopRequest())
+    count = sum(map(len, records.values()))
+    chosen = _compared_with(train.labels, list(records), min(max(OTHERS_PER_IMAGE * count, OTHERS_LEAST), OTHERS_MOST))
+    steps = _Steps(len(chosen) + count, shelf.folder, report, stop or StopRequest())
     with _pool(workers) as each:
         real = _RealImages.read(train, chosen, guide, mirrored, each, steps)
         usual = real.left_out_one_by_one(recipe.select.copy_ratio, each)
@@ -434,10 +436,10 @@ def _keys(pixels: Pixels, mirrored: bool) -> list[bytes]:
     return [min(hashlib.blake2b(form[i].tobytes(), digest_size=16).digest() for form in forms) for i in range(len(pixels))]
 
 
-def _compared_with(labels: Indices, classes: Sequence[int]) -> Indices:
-    """Training images of these classes, and of all others as many evenly spaced ones as are compared."""
+def _compared_with(labels: Indices, classes: Sequence[int], others: int) -> Indices:
+    """All training images of these classes, and so many of all others, evenly spaced."""
     own = np.isin(labels, classes)
-    return np.sort(np.concatenate([np.flatnonzero(own), _evenly(np.flatnonzero(~own), OTHERS_COMPARED)]))
+    return np.sort(np.concatenate([np.flatnonzero(own), _evenly(np.flatnonzero(~own), others)]))
 
 
 def _evenly_of_each(labels: Indices, classes: int) -> Indices:

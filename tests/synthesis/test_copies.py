@@ -265,9 +265,11 @@ def test_large_images_are_compared_at_32_px_and_their_copies_found(tmp_path: Pat
     assert finding.generated.copies == 1
 
 
-def test_other_classes_are_sampled_evenly_where_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OTHERS_COMPARED", 4)
-    assert check(tmp_path, {1: noise(2, 2)}, REAL).real_images == 10 + 4
+def test_images_of_other_classes_are_sampled_evenly_in_proportion_to_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OTHERS_LEAST", 4)
+    monkeypatch.setattr(module, "OTHERS_MOST", 16)
+    compared = [check(tmp_path / str(n), {1: noise(n, 2)}, REAL).real_images for n in (1, 3, 5)]
+    assert compared == [10 + 4, 10 + 12, 10 + 16]
 
 
 def test_a_stopped_check_says_that_the_images_are_there(tmp_path: Path) -> None:

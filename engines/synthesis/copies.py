@@ -2,8 +2,8 @@
 
     ratio = d1 / d2,   a copy: ratio <= select.copy_ratio
 
-d1 and d2 are the distances to the nearest and the second nearest different real image of any class. The criterion, with 1/3 and
-pixels, is that of Yoon et al. 2023 ("Diffusion Probabilistic Models Generalize when They Fail to Memorize") and of Gu et al. 2023.
+d1 and d2 are the distances to the nearest and the second nearest different real image of any class. The criterion, with 1/3 and in
+pixels, is that of Yoon et al. 2023, "Diffusion Probabilistic Models Generalize when They Fail to Memorize".
 
 A ratio has no unit, but it knows the dimension: among points spread evenly over m dimensions a share ratio^m passes for copies. In
 pixels m is large and the share next to nothing. A guide, though, is trained to draw each class together: where it has left a

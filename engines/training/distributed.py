@@ -3,6 +3,7 @@
 `torchrun --nproc-per-node 2 -m -- diffrc_cli train ...` starts them (without the `--`, torchrun takes `--run` and `--log` for
 abbreviations of its own options). Every process holds the whole model and takes its rows of each
 global batch; gradients are averaged while the backward pass runs (`DistributedDataParallel`). Files are written by process 0 alone.
+Two processes end bit for bit as one with two micro-batches; in which order the gradients of more are added is the library's affair.
 """
 
 from __future__ import annotations

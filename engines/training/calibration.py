@@ -26,6 +26,7 @@ from engines.training.calibration_picture import calibration_png
 NOISE_LEVELS = 11  # at which the guide is judged
 ACCURACY_IMAGES = 500  # for it, spread evenly over the classes
 BINS = 15  # of confidence, of equal width
+TABLE, PICTURE = "accuracy.json", "calibration.png"
 
 Values = npt.NDArray[np.float64]
 
@@ -36,9 +37,14 @@ def write(folder: Path, guide: Guide, splits: Mapping[str, ImageSet], schedule: 
     Returns: `by_noise` of each split, as in the file.
     """
     tables = {name: by_noise(guide, images, schedule, seed) for name, images in splits.items() if len(images)}
-    store.write_json(folder / "accuracy.json", tables)
-    store.write_bytes(folder / "calibration.png", calibration_png(tables))
+    store.write_json(folder / TABLE, tables)
+    store.write_bytes(folder / PICTURE, calibration_png(tables))
     return tables
+
+
+def is_written(folder: Path) -> bool:
+    """Whether `write` has finished in this folder, by a version that measured calibration: the picture comes last."""
+    return (folder / TABLE).exists() and (folder / PICTURE).exists()
 
 
 @torch.no_grad()

@@ -84,12 +84,10 @@ def train_run(
         guides.take_encoder(guide, target)
     guides.warm_start(guide, recipe, data, device)
     trained["guide"] = train_stage(guide_stage(recipe, data, guide, device))
-    accuracy = run.stage("guide") / "accuracy.json"
-    if world.first and (trained["guide"] or not accuracy.exists()):
-        schedule = training_schedule(recipe, device)
+    folder = run.stage("guide")
+    if world.first and (trained["guide"] or not calibration.is_written(folder)):
         splits = {"train": data.train, "test": data.test}  # the test images are reported on; they choose nothing
-        by_split = {name: calibration.by_noise(guide, part, schedule, recipe.seed) for name, part in splits.items() if len(part)}
-        store.write_json(accuracy, by_split)
+        calibration.write(folder, guide, splits, training_schedule(recipe, device), recipe.seed)
     world.wait()
     return trained
 

@@ -20,7 +20,7 @@ from engines.data.decode import Frame
 from engines.data.images import ArrayReader, ImageSet, Shelf
 from engines.diffusion.schedule import make_schedule
 from engines.training import calibration
-from engines.training.calibration import BINS, COLUMNS, advice, by_noise, class_weights, reliability, rows, trusted_until, write
+from engines.training.calibration import BINS, COLUMNS, advice, by_noise, class_weights, is_written, reliability, rows, trusted_until, write
 from engines.training.calibration_picture import calibration_png, diagram_levels
 
 SCHEDULE = make_schedule("cosine", 1000)
@@ -184,7 +184,9 @@ def test_the_rows_hold_accuracy_of_both_splits_and_calibration_of_the_test_image
 
 def test_the_file_and_the_picture_are_written_of_the_splits_that_have_images(tmp_path: Path) -> None:
     empty = images().subset(np.zeros(0, dtype=np.int64))
+    assert not is_written(tmp_path)
     found = write(tmp_path, Says(sees_until_half), {"train": images(), "test": empty}, SCHEDULE, 0)  # type: ignore[arg-type]
+    assert is_written(tmp_path)
     assert set(found) == {"train"}
     assert json.loads((tmp_path / "accuracy.json").read_text()) == found
     with Image.open(tmp_path / "calibration.png") as picture:
@@ -202,6 +204,11 @@ def test_the_picture_has_the_curves_where_the_figures_are() -> None:
     amber = (pixels[:, :, 0] > 150) & (abs(pixels[:, :, 1] - 122) < 30) & (pixels[:, :, 2] < 60)
     plot = slice(62, 340)
     assert np.flatnonzero(red[plot].sum(1) > 400).min() > np.flatnonzero(amber[plot].sum(1) > 400).max() + 200
+
+
+def test_a_table_of_before_calibration_was_measured_does_not_count_as_written(tmp_path: Path) -> None:
+    (tmp_path / calibration.TABLE).write_text('{"test": {"t": [0], "accuracy": [1.0]}}')
+    assert not is_written(tmp_path)
 
 
 @pytest.mark.parametrize("levels", [[0, 999], [0], list(range(0, 1000, 100)), [round(999 * i / 10) for i in range(11)]])

@@ -174,9 +174,10 @@ class _Loop:
         settings, done = self.settings, step + 1
         self.images += settings.batch_size
         signal_number = self.world.largest(self.stop.signal_number)
-        held_out = self._held_out(done)
+        judged = self.stage.held_out is not None and (done % self.stage.held_out_every_steps == 0 or done == settings.train_steps)
+        held_out = self._held_out(done) if judged else {}
         last = done == settings.train_steps or self.trainer.stopped_at is not None
-        logged = done % settings.log_every_steps == 0 or bool(held_out) or last
+        logged = done % settings.log_every_steps == 0 or judged or last
         saved = done % settings.save_every_steps == 0 or last or signal_number != 0
         if logged or saved or done % settings.max_nonfinite_steps == 0:
             self.trainer.require_finite()
@@ -193,18 +194,16 @@ class _Loop:
         return last
 
     def _held_out(self, done: int) -> Mapping[str, float]:
-        """Figures of the EMA model on held-out images, where it is time for them."""
-        stage = self.stage
-        if not stage.held_out or (done % stage.held_out_every_steps and done != self.settings.train_steps):
-            return {}
+        """Figures of the EMA model on held-out images, taken by the first process and judged by all."""
         figures: Mapping[str, float] = {}
+        assert self.stage.held_out
         if self.world.first:
             with self._aside(), self.trainer.ema_weights() as model:
-                figures = stage.held_out(model)
+                figures = self.stage.held_out(model)
         value, known = self.world.told([figures.get("held_out", math.inf), float("held_out" in figures)])
-        if stage.patience and known:
+        if self.stage.patience and known:
             self.trainer.judge(value, done)
-        return figures if self.world.first else {"held_out": value} if known else {}
+        return figures
 
     def _log(self, done: int, figures: Mapping[str, float], held_out: Mapping[str, float]) -> None:
         now, total = time.perf_counter(), self.settings.train_steps

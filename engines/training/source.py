@@ -44,7 +44,16 @@ def source_stage(recipe: Recipe, data: LongTail, unet: UNet, device: torch.devic
     def samples(_model: nn.Module, _step: int) -> Tensor:
         return preview(unet, schedule, torch.from_numpy(classes) if unet.classes else None, recipe.seed)
 
-    return Stage("source", settings, unet, batch, loss, after_step=remember, sample=samples, state=sampler)
+    return Stage(
+        "source",
+        settings,
+        unet,
+        batch,
+        loss,
+        after_step=remember if sampler.kind == "loss-second-moment" else None,
+        sample=samples,
+        state=sampler,
+    )
 
 
 def masked_counts(data: LongTail, classes: Indices) -> Indices:

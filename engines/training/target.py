@@ -97,7 +97,7 @@ def target_stage(recipe: Recipe, data: LongTail, source: UNet, unet: UNet, devic
         unet,
         batch,
         loss,
-        after_step=remember,
+        after_step=remember if sampler.kind == "loss-second-moment" else None,
         sample=samples,
         held_out=held_out if len(held) else None,
         held_out_every_steps=settings.holdout_every_steps,

@@ -24,6 +24,7 @@ from engines.evaluation.synthetic import ExtraImages, all_pixels, pixel_hashes, 
 from engines.progress import Report, silent
 from engines.recipe import RecognizerSection
 from engines.store import RunFolder
+from engines.synthesis.plan import require_current
 from engines.synthesis.sheet import read_images
 from engines.training.recognizer import LOSSES, Loss, TrainingImages, predict, real_images, train_recognizer
 
@@ -300,12 +301,13 @@ def evaluate_run(run: RunFolder, longtail: LongTail, report: Report = silent) ->
 
     Raises:
         UsageError: nothing was synthesized yet, or the images lie inside the data set.
-        ConflictError: the run was trained on other data.
+        ConflictError: the run was trained on other data, or the images were made by other networks than it holds now.
         DataError, Interrupted, NumericsError, StorageError: as `evaluate` and `read_images`.
     """
     if not (run.synth / "plan.json").exists():
         raise UsageError(f"{run.path} has no synthesized images yet", "diffrc synth --fill")
     run.keep_classes(longtail.table())
+    require_current(run)
     refuse_data_folder(run.synth, Path(run.recipe.data.path) if run.recipe.data.path else None)
     started = time.perf_counter()
     try:

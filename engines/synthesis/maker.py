@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.synthesis import select
 from engines.synthesis.plan import ImageId, Model, Plan, make_plan
+from engines.training import reuse
 
 
 class Drawn(NamedTuple):
@@ -144,6 +145,7 @@ def open_maker(run: RunFolder, model: Model) -> Maker:
     packages = ("diffrc", "numpy", "pillow", "torch", *(() if engine.card.kind == "torch" else ("onnxruntime", "onnxruntime-gpu")))
     guide_sha256 = weights_sha256(guide) if guide else ""
     plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, package_versions(packages))
+    plan = replace(plan, stages={stage: reuse.mark(run.path, stage) for stage in (model, *(("guide",) if guide else ()))})
     return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False) if guide else None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from engines.data.names import find_class, shorten
 from engines.errors import ConflictError, UsageError
 from engines.recipe import Recipe
 from engines.store import RunFolder
+from engines.training import reuse
 
 Model = Literal["target", "source"]
 
@@ -35,10 +36,12 @@ class Plan:
     Attributes:
         identity: flat, of plain JSON values.
         versions: of the packages at hand when the plan was made; told, not compared.
+        stages: marks of the stages that take part (`reuse.mark`), which name the same weights as the identity, at less cost.
     """
 
     identity: Mapping[str, Any]
     versions: Mapping[str, str]
+    stages: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def id(self) -> str:
@@ -102,17 +105,30 @@ def keep_plan(folder: Path, plan: Plan) -> None:
         DataError: a damaged plan.
     """
     stored = folder / PLAN_FILE
+    document = {"plan": plan.id, "identity": dict(plan.identity), "versions": dict(plan.versions), "stages": dict(plan.stages)}
     if not stored.exists():
-        store.write_json(stored, {"plan": plan.id, "identity": dict(plan.identity), "versions": dict(plan.versions)})
+        store.write_json(stored, document)
         return
     before = store.read_json(stored)
     if before.get("plan") == plan.id:
+        if before.get("stages") != document["stages"]:  # the same weights, reached by another way
+            store.write_json(stored, before | {"stages": document["stages"]})
         return
     old, new = before.get("identity", {}), plan.identity
     changed = [key for key in (*new, *(k for k in old if k not in new)) if old.get(key) != new.get(key)]
     told = "; ".join(f"{key} = {_brief(old.get(key))} there, {_brief(new.get(key))} now" for key in changed[:_SHOWN])
     more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     raise ConflictError(f"{folder} holds images of another plan ({told}{more})", f"--out DIR puts these elsewhere; or remove {folder}")
+
+
+def require_current(run: RunFolder) -> None:
+    """Refuse a run's own images where a stage that made them has been trained anew or further since. Raises ConflictError, DataError."""
+    then = store.read_json(run.synth / PLAN_FILE).get("stages", {})
+    if other := [stage for stage, mark in then.items() if mark and reuse.mark(run.path, stage) != mark]:
+        raise ConflictError(
+            f"the images in {run.synth} were made by another {' and '.join(other)} than {run.path} holds now",
+            f"diffrc run --run {run.path} keeps them aside and makes new ones",
+        )
 
 
 def make_room(run: RunFolder, folder: Path, plan: Plan) -> None:

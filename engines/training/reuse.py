@@ -137,6 +137,12 @@ def arrange(stages: list[StageStatus], path: Path) -> None:
             store.move_folder(status.back, path / status.name)
 
 
+def mark(path: Path, stage: str) -> str:
+    """What names the weights that a stage of a run holds: digest and step, as "1a2b3c4d@20000"; "" of one that does not say."""
+    found = store.newest_state(path / stage)
+    return f"{found[1]['digest'][:8]}@{found[0]}" if found and "digest" in found[1] else ""
+
+
 def changes(state: Mapping[str, Any], step: int, recipe: Recipe, stage: str, kept_sha256: str) -> str:
     """How the settings that a checkpoint was made of differ from the recipe's, "" where it is current.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engines.errors import ConflictError, DataError, UsageError
 from engines.recipe import Recipe, SynthSection, TargetSection
 from engines.store import RunFolder
 from engines.synthesis import plan as plans
+from engines.training import reuse
 
 
 def run_of(path: Path, **sections: Any) -> RunFolder:
@@ -172,3 +174,23 @@ def test_images_of_other_settings_are_kept_aside_and_come_back_with_them(tmp_pat
     store.write_text(tmp_path / "run" / "thesis" / "thesis.tex", "mine")
     with pytest.raises(ConflictError, match="holds no synthesized images"):
         plans.make_room(run, tmp_path / "run" / "thesis", a)
+
+
+def test_images_of_a_stage_that_was_trained_again_are_not_evaluated_as_if_they_were_its_own(tmp_path: Path, make_maker: Any) -> None:
+    run, plan = run_of(tmp_path / "run"), make_maker().plan
+
+    def train(digest: str, step: int) -> None:
+        store.save_checkpoint(run.stage("guide"), store.Checkpoint(step, {}, {"digest": digest}))
+
+    train("1" * 64, 4)
+    plans.keep_plan(run.synth, replace(plan, stages={"guide": reuse.mark(run.path, "guide"), "target": reuse.mark(run.path, "target")}))
+    assert store.read_json(run.synth / "plan.json")["stages"] == {"guide": "11111111@4", "target": ""}
+    plans.require_current(run)
+    train("1" * 64, 6)
+    with pytest.raises(ConflictError, match="were made by another guide than") as refused:
+        plans.require_current(run)
+    assert refused.value.remedy.startswith(f"diffrc run --run {run.path}")
+    plans.keep_plan(run.synth, replace(plan, stages={"guide": "11111111@6"}))  # of equal weights after all
+    plans.require_current(run)
+    store.write_json(run.synth / "plan.json", {"plan": "of an older version"})
+    plans.require_current(run)

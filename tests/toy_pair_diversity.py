@@ -1,8 +1,8 @@
 """Does L_pair do what it claims? A source model of seven digits is adapted to five images of an eighth, with and without it.
 
 `python tests/toy_pair_diversity.py [FOLDER]` adapts to digits 7, 8 and 9 and to two choices of five images each, prints a table
-(mean and sample deviation over the six), and writes the picture and the figures to FOLDER (default: runs/pair-diversity).
-About ten minutes on one CPU core; what it showed is in docs/results/pair-diversity.md. Continues where it was stopped.
+(mean and sample deviation over the six), and writes the picture, the figures and the source model to FOLDER (default:
+runs/pair-diversity). Eleven minutes of one CPU core; what it showed is in docs/results/pair-diversity.md.
 """
 
 from __future__ import annotations

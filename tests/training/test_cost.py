@@ -44,14 +44,14 @@ def cost_of_name(name: str) -> Cost:
 
 
 def conv_and_linear_operations(unet: UNet, recipe: Recipe) -> float:
-    """Multiply-adds, twice, of every convolution and linear layer, by hand from the shapes that pass through a real forward pass."""
+    """Multiply-adds, twice, of every 2-d convolution and linear layer, by hand from the shapes that pass through a real forward pass."""
     total = 0
 
     def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal total
         if isinstance(layer, nn.Linear):
             total += 2 * layer.in_features * output.numel()
-        elif isinstance(layer, nn.Conv2d | nn.Conv1d):
+        elif isinstance(layer, nn.Conv2d):
             weights_each = layer.in_channels * int(np.prod(layer.kernel_size))
             total += 2 * weights_each * output.numel()
 
@@ -63,15 +63,15 @@ def conv_and_linear_operations(unet: UNet, recipe: Recipe) -> float:
 
 
 def attention_operations(recipe: Recipe) -> float:
-    """q.k and weights.v of every attention block: 2 products of (T, T, C) each, T pixels; counted from the recipe alone."""
+    """Of every attention block, from the recipe alone: T pixels of C channels make q, k, v (3 C x C), q.k and weights.v (T x T), C x C."""
     unet = recipe.unet
     levels = len(unet.channel_mult)
     total = 0
     for level, mult in enumerate(unet.channel_mult):
-        size = recipe.data.image_size_px // 2**level
+        size, width = recipe.data.image_size_px // 2**level, mult * unet.model_channels
         blocks = 2 * unet.num_res_blocks + 1 if size in unet.attention_resolutions else 0
         blocks += level == levels - 1  # the middle block
-        total += blocks * 2 * 2 * (size * size) ** 2 * mult * unet.model_channels
+        total += blocks * 2 * (4 * width * width * size**2 + 2 * width * size**4)
     return float(total)
 
 

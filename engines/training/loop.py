@@ -156,11 +156,14 @@ class _Loop:
         self.first = first
         if not settings.train_steps:  # pre-trained weights as they are: a checkpoint like any other
             self._save(0)
-        rows, pinned = world.rows(settings.batch_size), trainer.device.type == "cuda"
+        rows = world.rows(settings.batch_size)
 
         def draw(step: int) -> Batch:
             batch = self.stage.draw(step, rows)
-            return batch.pinned() if pinned else batch
+            if trainer.device.type != "cuda":
+                return batch
+            with torch.cuda.device(trainer.device):  # a thread begins on the first GPU, and would open a context there
+                return batch.pinned()
 
         with drawn_ahead(draw, first, settings.train_steps, settings.workers) as batches:
             for step, batch in enumerate(batches, first):
@@ -212,8 +215,8 @@ class _Loop:
             path = self.folder / "metrics.jsonl"
             store.append_json(path, {"step": done, **{k: v if math.isfinite(v) else None for k, v in line.items()}})
             self.sinks.write(self.stage.name, done, line)
-        seconds_left = (now - self.began) / (done - self.first) * (total - done)
         end = total if self.trainer.stopped_at is None else done
+        seconds_left = (now - self.began) / (done - self.first) * (end - done)
         self.report(self.stage.name, done, end, {**line, "seconds_left": seconds_left})
         self.logged_at, self.images = now, 0
 

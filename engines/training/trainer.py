@@ -128,9 +128,11 @@ class Trainer:
         before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.ema)
         self.model.eval()
-        yield self.model
-        self.model.load_state_dict(before)
-        self.model.train()
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(before)
+            self.model.train()
 
     def judge(self, value: float, done: int) -> None:
         """Take note of a held-out figure after `done` steps: a new best is kept, too many others in a row end the stage."""

@@ -271,6 +271,20 @@ def test_the_adapted_classes_are_medium_and_few_unless_the_recipe_says_all(recip
         assert seen == wanted
 
 
+@pytest.mark.parametrize("reduction", ["batch_mean", "sum"])
+def test_the_mean_loss_of_a_batchs_parts_is_the_loss_of_the_batch(reduction: str, recipe: Recipe) -> None:
+    recipe = changed(recipe, "target", batch_size=32, lambda_pair=2.0, pair_reduction=reduction, adapt_on="all", precision="fp32")
+    source, unet = two_models(recipe)
+    stage = target_stage(recipe, tail(), source, unet.eval(), CPU)
+    batch = stage.draw(0)
+    whole, figures = stage.loss(unet, batch)
+    for n in (2, 4, 8):
+        parts = [stage.loss(unet, batch.part(i, n)) for i in range(n)]
+        torch.testing.assert_close(torch.stack([loss for loss, _ in parts]).mean(), whole)
+        torch.testing.assert_close(torch.stack([f["l_pair"] for _, f in parts]).mean(), figures["l_pair"])
+        assert torch.equal(torch.cat([f["t"] for _, f in parts]), figures["t"])
+
+
 def test_a_source_that_never_saw_a_label_is_given_the_null_label_for_it(recipe: Recipe) -> None:
     recipe = changed(changed(recipe, "unet", class_cond=True), "target", label_dropout=0.0, adapt_on="all", batch_size=32)
     source, unet = two_models(recipe)
@@ -297,15 +311,19 @@ def test_a_warm_prototype_is_its_classs_mean_feature_of_unit_length(recipe: Reci
         torch.testing.assert_close(guide.prototypes[k].double(), mean / mean.norm(), rtol=1e-4, atol=1e-6)
 
 
-def test_prototypes_move_by_equation_11_alone_with_the_features_of_before_the_step(recipe: Recipe, tmp_path: Any) -> None:
-    data, guide = tail(), build_guide(changed(recipe, "guide", dropout=0.0), COUNTS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_prototypes_move_by_equation_11_alone_with_the_features_of_before_the_step(parts: int, recipe: Recipe, tmp_path: Any) -> None:
+    recipe = changed(recipe, "guide", dropout=0.0, accumulate=parts)
+    data, guide = tail(), build_guide(recipe, COUNTS)
     warm_start(guide, recipe, data, CPU)
     c = guide.prototypes.double().numpy().copy()
     seen: list[Tensor] = []
     guide.register_forward_hook(lambda _m, _i, out: seen.append(out.detach().double()))
     train(guide_stage(recipe, data, guide, CPU), tmp_path, recipe.seed, CPU)
     members, probabilities = by_class(data.train.labels, 4), class_probabilities(COUNTS, recipe.guide.class_sampling)
-    for step, features in enumerate(seen):
+    assert len(seen) == parts * recipe.guide.train_steps
+    for step in range(recipe.guide.train_steps):
+        features = torch.cat(seen[parts * step : parts * (step + 1)])  # once a step, with all of the batch in its order
         m = early_momentum(recipe.guide.prototype_momentum, step)
         labels = data.train.labels[class_batch(members, probabilities, recipe.guide.batch_size, recipe.seed, step, "guide")]
         for f, k in zip(features.numpy(), labels, strict=True):
@@ -448,3 +466,25 @@ def test_a_step_of_each_stage_reads_nothing_back(recipe: Recipe, monkeypatch: py
             for step, batch in enumerate(batches):
                 trainer.step(step, batch)
         assert reads.seen == [], stage.name
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waiting for a GPU can be seen on a GPU alone")
+def test_a_step_on_a_gpu_waits_for_nothing(recipe: Recipe) -> None:
+    device = torch.device("cuda", 0)
+    recipe = changed(changed(recipe, "diffusion", timestep_sampler="loss-second-moment", steps=20), "unet", class_cond=True)
+    source, unet = two_models(recipe)
+    made = (
+        source_stage(recipe, tail(), unet, device),
+        target_stage(recipe, tail(), source, unet, device),
+        guide_stage(recipe, tail(), build_guide(recipe, COUNTS), device),
+    )
+    for stage in made:
+        trainer, batches = Trainer(stage, 0, device, ALONE), [stage.draw(step).pinned() for step in range(3)]
+        trainer.step(0, batches[0])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in (1, 2):
+                trainer.step(step, batches[step])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

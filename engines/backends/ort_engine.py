@@ -35,7 +35,7 @@ class OrtEngine:
     def __init__(self, file: EngineFile, origin: str, threads: int = 0, provider: Provider = "CPUExecutionProvider") -> None:
         self._card = file.card
         check_model(file.data, file.card, origin)
-        self._session = _session(file.data, origin, threads, provider)
+        self._session = session(file.data, origin, threads, provider)
         self_test(self, origin)
 
     @classmethod
@@ -62,6 +62,11 @@ def input_names(card: EngineCard) -> list[str]:
 
 
 def check_model(data: bytes, card: EngineCard, origin: str) -> None:
+    """Refuse a network before any runtime sees it, see `check_graph`. Raises DataError."""
+    check_graph(data, card.opset, input_names(card), [OUTPUT], origin)
+
+
+def check_graph(data: bytes, opset: int, inputs: list[str], outputs: list[str], origin: str) -> None:
     """Refuse a model before any runtime sees it: external data, custom operators, another opset, or other inputs and outputs.
 
     Raises DataError.
@@ -75,8 +80,8 @@ def check_model(data: bytes, card: EngineCard, origin: str) -> None:
     domains = {entry.domain: entry.version for entry in model.opset_import}
     if set(domains) - {"", "ai.onnx"} or model.functions:
         raise unreadable(origin, f"it uses operators of its own ({', '.join(sorted(set(domains) - {''})) or 'local functions'})")
-    if domains.get("", domains.get("ai.onnx")) != card.opset:
-        raise unreadable(origin, f"its opset is {domains}, its card says {card.opset}")
+    if domains.get("", domains.get("ai.onnx")) != opset:
+        raise unreadable(origin, f"its opset is {domains}, its card says {opset}")
     for graph in _graphs(model.graph):
         if any(node.domain not in ("", "ai.onnx") for node in graph.node):
             raise unreadable(origin, "it uses operators of its own")
@@ -84,7 +89,7 @@ def check_model(data: bytes, card: EngineCard, origin: str) -> None:
             raise unreadable(origin, "it keeps weights in other files")
     weights = {tensor.name for tensor in model.graph.initializer}
     found = [value.name for value in model.graph.input if value.name not in weights], [value.name for value in model.graph.output]
-    if found != (input_names(card), [OUTPUT]):
+    if found != (inputs, outputs):
         raise unreadable(origin, f"its inputs and outputs are {found[0]} and {found[1]}")
 
 
@@ -123,7 +128,8 @@ def require_runtime(provider: Provider = "CPUExecutionProvider") -> Any:
     return onnxruntime
 
 
-def _session(data: bytes, origin: str, threads: int, provider: Provider) -> Any:
+def session(data: bytes, origin: str, threads: int = 0, provider: Provider = "CPUExecutionProvider") -> Any:
+    """An onnxruntime.InferenceSession on that provider, or EngineError; `threads` 0 = all that this process may use."""
     onnxruntime = require_runtime(provider)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
@@ -133,9 +139,9 @@ def _session(data: bytes, origin: str, threads: int, provider: Provider) -> Any:
     # The guide's gradient runs in torch between two evaluations; threads that spin while they wait would take its processors.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=[provider])
+        made = onnxruntime.InferenceSession(data, options, providers=[provider])
     except Exception as error:  # the runtime raises classes of its own, which share no base
         raise EngineError(f"ONNX Runtime cannot load {origin}: {str(error).splitlines()[0]}", "diffrc export makes it anew") from error
-    if session.get_providers()[0] != provider:  # a provider that cannot start is replaced silently
-        raise EngineError(f"{origin} runs on {session.get_providers()[0]}, not on {provider}", "--engine torch runs without it")
-    return session
+    if made.get_providers()[0] != provider:  # a provider that cannot start is replaced silently
+        raise EngineError(f"{origin} runs on {made.get_providers()[0]}, not on {provider}", "--engine torch runs without it")
+    return made

@@ -15,6 +15,9 @@ from engines.diffusion.sampler import Denoiser, Guidance, Push
 LogProbs = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, H, W), t (B,) training timesteps) -> (B, K) log p(k | x_t), differentiable in x."""
 
+ClassGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(x, t, y) -> what `class_gradient` gives for a guide, from wherever that guide runs."""
+
 GradientNorm = Literal["rms", "linf", "l2", "none"]
 
 EVERYWHERE = (0, 10**9)
@@ -62,6 +65,7 @@ def prototype_guidance(
     gradient_norm: GradientNorm = "rms",
     direction: Literal["toward", "away"] = "toward",
     interval: tuple[int, int] = EVERYWHERE,
+    gradient: ClassGradient | None = None,
 ) -> Guidance:
     """The guidance term of Eq. 13, s grad* log p~(y | x_t), as a function that a sampler calls once a step.
 
@@ -71,15 +75,16 @@ def prototype_guidance(
     Args:
         y: (B,) int64 classes asked for.
         interval: training timesteps (first, last) in which guidance acts; outside it costs nothing.
+        gradient: an engine that computes what autograd would by way of `log_probs`, which is then not called.
     """
     sign = 1.0 if direction == "toward" else -1.0
 
     def guidance(x: Tensor, t: Tensor) -> Push | None:
-        if scale == 0 or not _within(interval, t):
+        if scale == 0 or not within(interval, t):
             return None
-        gradient, all_classes = class_gradient(log_probs, x, t, y)
+        slope, all_classes = gradient(x, t, y) if gradient else class_gradient(log_probs, x, t, y)
         s = entropy_scale(all_classes, scale, scale_max) if scale_rule == "entropy" else torch.full_like(all_classes[:, 0], scale)
-        push = sign * s.view(-1, 1, 1, 1) * normalize_gradient(gradient, gradient_norm)
+        push = sign * s.view(-1, 1, 1, 1) * normalize_gradient(slope, gradient_norm)
         return Push(push, all_classes.gather(1, y[:, None]).squeeze(1), s)
 
     return guidance
@@ -104,7 +109,7 @@ def classifier_free(
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         conditional = with_label(x, t)
-        if not _within(interval, t):
+        if not within(interval, t):
             return conditional
         eps = (1 + scale) * conditional[:, :channels] - scale * without(x, t)[:, :channels]
         return torch.cat([eps, conditional[:, channels:]], 1)
@@ -112,5 +117,6 @@ def classifier_free(
     return guided
 
 
-def _within(interval: tuple[int, int], t: Tensor) -> bool:
+def within(interval: tuple[int, int], t: Tensor) -> bool:
+    """Whether guidance acts at t (B,), the same for all images."""
     return interval == EVERYWHERE or interval[0] <= int(t[0]) <= interval[1]  # reading t waits for the device

@@ -131,7 +131,15 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) training timesteps -> (B, out_features) float32."""
-        h, emb = _as_weights(self.input_blocks, x, _embed_time(self.time_embed, t, self.architecture.model_channels))
+        return self.encode(x, self.embed_time(t))
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """(B,) timesteps -> (B, 4 model_channels) float32."""
+        return _embed_time(self.time_embed, t, self.architecture.model_channels)
+
+    def encode(self, x: Tensor, emb: Tensor) -> Tensor:
+        """`forward` after the time embedding: emb (B, 4 model_channels)."""
+        h, emb = _as_weights(self.input_blocks, x, emb)
         for block in self.input_blocks:
             h = block(h, emb)
         out: Tensor = self.out(self.middle_block(h, emb))

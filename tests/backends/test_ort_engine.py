@@ -117,7 +117,7 @@ def _other_opset(model: onnx.ModelProto) -> None:
 def test_a_model_of_another_kind_is_refused_before_a_session_is_made(
     spoil: Callable[[onnx.ModelProto], None], exported: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort_engine, "_session", lambda *_: pytest.fail("a session was made"))
+    monkeypatch.setattr(ort_engine, "session", lambda *_: pytest.fail("a session was made"))
     model = onnx.load_model_from_string(exported.path.read_bytes())
     spoil(model)
     with pytest.raises(DataError) as failure:

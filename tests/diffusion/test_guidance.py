@@ -127,6 +127,18 @@ def test_outside_its_interval_and_at_scale_0_guidance_asks_nothing_of_the_guide(
     assert prototype_guidance(log_probs, Y, interval=(7, 7))(X, T) is not None
 
 
+def test_a_gradient_that_an_engine_computes_takes_the_place_of_autograd() -> None:
+    def refuse(_x: Tensor, _t: Tensor) -> Tensor:
+        raise AssertionError("the guide was asked")
+
+    by_autograd = prototype_guidance(log_probs, Y)(X, T)
+    by_engine = prototype_guidance(refuse, Y, gradient=lambda x, t, y: (true_gradient(x, y), log_probs(x, t)))(X, T)
+    assert by_autograd is not None
+    assert by_engine is not None
+    for expected, found in zip(by_autograd, by_engine, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_classifier_free_guidance_is_its_formula_for_eps_and_leaves_the_variance_values() -> None:
     def network(eps: float, values: float) -> Any:
         return lambda x, _t: torch.cat([torch.full_like(x, eps), torch.full_like(x, values)], 1)

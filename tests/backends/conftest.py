@@ -12,7 +12,9 @@ from torch import nn
 
 from engines.backends.base import EngineCard
 from engines.backends.export import export_onnx
+from engines.backends.gradient import GradientCard, gradient_bytes
 from engines.diffusion.schedule import Schedule, make_schedule
+from engines.networks.guide import Guide
 from engines.networks.unet import Architecture, UNet
 from engines.recipe import ExportSection
 
@@ -53,3 +55,37 @@ def exported(make_unet: MakeUNet, tmp_path_factory: pytest.TempPathFactory) -> E
     unet, schedule, settings = make_unet(), make_schedule("cosine", T), ExportSection(max_batch=8)
     path = tmp_path_factory.mktemp("engine") / "target.onnx"
     return Exported(unet, schedule, settings, path, export_onnx(unet, schedule, path, settings, recipe_sha256="of the recipe"))
+
+
+class ExportedGradient(NamedTuple):
+    guide: Guide
+    data: bytes
+    card: GradientCard
+
+
+MakeGuide = Callable[..., Guide]
+
+
+@pytest.fixture(scope="session")
+def make_guide() -> MakeGuide:
+    """make_guide(classes, **architecture) -> a guide whose every weight takes part, with a prior."""
+
+    def make(classes: int = CLASSES - 1, **changes: object) -> Guide:
+        torch.manual_seed(1)
+        smallest = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "num_head_channels": 8}
+        architecture = Architecture(**{"image_size_px": 8, "in_channels": 1, "model_channels": 8, **smallest, **changes})  # type: ignore[arg-type]
+        guide = Guide(architecture, torch.arange(classes, 0, -1), 12)
+        for module in guide.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d):
+                module.reset_parameters()
+        guide.prototypes.copy_(nn.functional.normalize(torch.randn(classes, 12), dim=1))
+        return guide.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported_gradient(make_guide: MakeGuide) -> ExportedGradient:
+    """The gradient of a guide of the network's three classes. To be read only."""
+    guide = make_guide()
+    return ExportedGradient(guide, *gradient_bytes(guide, T, 32))

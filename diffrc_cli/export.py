@@ -1,4 +1,4 @@
-"""`diffrc export`: a trained network as an engine file that agreed with torch, or as a folder of the diffusers library."""
+"""`diffrc export`: a trained network as engines that agreed with torch, or as a folder of the diffusers library."""
 
 from __future__ import annotations
 
@@ -8,17 +8,30 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from diffrc_cli import console
-from diffrc_cli.options import ForceOption, JsonOption, RunOption, SetOption
-from engines.errors import UsageError
+from diffrc_cli.options import ForceOption, JsonOption, PrecisionOption, RunOption, SetOption
+from engines.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from engines.backends.base import EngineCard
+    from engines.backends.choice import Build
+    from engines.recipe import Recipe
     from engines.store import RunFolder
 
 ModelOption = Annotated[
     Literal["target", "source"] | None,
     typer.Option("--model", help="The network to export. Default: synth.model of the run's recipe.", show_default=False),
 ]
-EngineOption = Annotated[Literal["onnx"], typer.Option("--engine", help="The kind of engine.")]
+EngineOption = Annotated[
+    Literal["onnx", "openvino", "all"] | None,
+    typer.Option("--engine", help="For which runtime; all = each that runs here. Default: what synth.engine needs.", show_default=False),
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", help="The largest batch that is checked: export.max_batch.", show_default=False),
+]
+OpsetOption = Annotated[
+    int | None, typer.Option("--opset", metavar="N", help="18 to 23. Default: export.opset of the recipe.", show_default=False)
+]
 DiffusersOption = Annotated[
     Path | None,
     typer.Option("--diffusers", metavar="DIR", help="Write a UNet2DModel and its scheduler into this folder instead.", show_default=False),
@@ -28,13 +41,18 @@ DiffusersOption = Annotated[
 def export(
     run: RunOption = None,
     model: ModelOption = None,
-    engine: EngineOption = "onnx",
+    engine: EngineOption = None,
+    precision: PrecisionOption = None,
+    batch: BatchOption = None,
+    opset: OpsetOption = None,
     diffusers: DiffusersOption = None,
     force: ForceOption = False,
     overrides: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Export the trained U-Net to ONNX and hold it to torch's numbers; a file that disagrees is not written (exit 6).
+    """Export the trained U-Net to ONNX and hold each engine to torch's numbers; one that disagrees is not published (exit 6).
+
+    Engines share the ONNX file; each has a card of its own, and without it is not loaded.
 
     With --diffusers, write it as a pipeline folder of the diffusers library; one that is not empty needs --force.
 
@@ -43,25 +61,56 @@ def export(
     from engines.backends.export import export_run, onnx_path
     from engines.store import open_run
 
-    folder = open_run(run, tuple(overrides or ()))
+    if diffusers and (engine or precision or batch or opset):
+        raise UsageError("--diffusers writes no engine", "leave --engine, --precision, --batch and --opset out")
+    typed = {"max_batch": batch, "opset": opset}
+    folder = open_run(run, (*(overrides or ()), *(f"export.{key}={value}" for key, value in typed.items() if value is not None)))
     model = model or folder.recipe.synth.model
     if diffusers:
         _to_diffusers(folder, model, diffusers, force, json)
         return
     if force:
         raise UsageError("--force goes with --diffusers", "diffrc export; an engine that no longer fits is replaced without it")
-    with console.progress() as report:
-        (card,) = export_run(folder, (model,), report)
     path = onnx_path(folder, model)
-    if json:
-        console.emit_json({"model": model, "file": path, **card.model_dump(exclude={"self_test"})})
-        return
-    console.say(f"{model}: {path}, {path.stat().st_size / 2**20:.1f} MiB, opset {card.opset}, {card.precision}")
+    for build in _builds(folder.recipe, engine, precision):
+        with console.progress() as report:
+            (card,) = export_run(folder, (model,), report, (build,))
+        if json:
+            console.emit_json({"model": model, "file": path, **card.model_dump(exclude={"self_test"})})
+        else:
+            _show(model, path, card)
+    if not json:
+        console.say("next: diffrc synth --fill, or diffrc synth --class NAME --n 50")
+
+
+def _builds(recipe: Recipe, engine: Literal["onnx", "openvino", "all"] | None, precision: Literal["fp32", "bf16"] | None) -> list[Build]:
+    """What is to be exported. What is named must run here; of all, those that cannot are told of."""
+    from engines.backends import choice
+    from engines.backends.export import builds_of_recipe
+
+    if engine == "all":
+        builds = []
+        for build in choice.builds_of(engine, precision or "auto"):
+            try:
+                choice.require(build)
+                builds.append(build)
+            except EngineError as error:
+                console.note(f"left out: {build}: {error.problem}")
+        if not builds:
+            raise EngineError("no engine runs here", 'pip install "diffrc[cpu]"')
+        return builds
+    if engine or precision:
+        return list(choice.builds_of(engine or "auto", precision or "fp32")[:1])
+    return list(builds_of_recipe(recipe))
+
+
+def _show(model: str, path: Path, card: EngineCard) -> None:
+    console.say(f"{model}: {path}, {path.stat().st_size / 2**20:.1f} MiB, opset {card.opset}, {card.kind} {card.precision}")
     console.say(
         f"against torch: one evaluation within {card.one_step_error:.1e} (allowed {card.tolerance:.0e}), "
-        f"a short trajectory within {card.trajectory_psnr_db:.0f} dB"
+        f"50 steps within {card.trajectory_psnr_db:.0f} dB; "
+        f"{card.ms_per_image:.3g} ms an image at batch {card.measured_batch}, torch {card.torch_ms_per_image:.3g}"
     )
-    console.say("next: diffrc synth --fill, or diffrc synth --class NAME --n 50")
 
 
 def _to_diffusers(run: RunFolder, model: Literal["target", "source"], out: Path, force: bool, json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +37,10 @@ RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run folder. Default: the latest one in ./runs.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]
+PrecisionOption = Annotated[
+    Literal["fp32", "bf16"] | None,
+    typer.Option("--precision", help="What the engine computes in; bf16 where the CPU can.", show_default=False),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and how long it would take; write nothing.")]
 
 

@@ -25,8 +25,8 @@ def run(
     """
     from diffrc_cli.evaluate import show
     from engines import store
-    from engines.backends.export import export_run
-    from engines.backends.ort_engine import require_runtime
+    from engines.backends import choice
+    from engines.backends.export import builds_of_recipe, export_run
     from engines.data.longtail import prepare
     from engines.evaluation.accuracy import evaluate_run, verdict
     from engines.evaluation.report import write_report
@@ -36,7 +36,8 @@ def run(
 
     settings, path = recipe_of_run(recipe, data, run, overrides)
     where = choose_device(device)
-    require_runtime()
+    for build in builds_of_recipe(settings):
+        choice.require(build)
     require_packages(log or ())
     tail = prepare(settings.data, None)
     if not len(tail.test):
@@ -52,7 +53,7 @@ def run(
             with closing(open_sinks(log or (), path, settings.model_dump(mode="json"), console.note)) as sinks:
                 train_run(folder, tail, where, estimating(report), console.note, sinks=sinks)
             export_run(folder, (settings.synth.model,), report)
-            made = fill_run(folder, tail, report)
+            made = fill_run(folder, tail, report, console.note)
             table = evaluate_run(folder, tail, report)
             page = write_report(folder)
     if json:

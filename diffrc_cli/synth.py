@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffrc_cli import console
-from diffrc_cli.options import DataOption, JsonOption, RunOption, SetOption
+from diffrc_cli.options import DataOption, JsonOption, PrecisionOption, RunOption, SetOption
 from engines.errors import UsageError, YieldError
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ ScaleOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Names the noise: another seed, other images.", show_default=False)]
 EngineOption = Annotated[
-    Literal["onnx", "torch", "auto"] | None, typer.Option("--engine", help="What runs the U-Net; auto = onnx.", show_default=False)
+    Literal["onnx", "openvino", "torch", "auto"] | None,
+    typer.Option("--engine", help="What runs the U-Net; auto = the fastest that is exported and runs here.", show_default=False),
 ]
 BandOption = Annotated[
     float | None,
@@ -65,6 +66,7 @@ def synth(
     guidance_scale: ScaleOption = None,
     seed: SeedOption = None,
     engine: EngineOption = None,
+    precision: PrecisionOption = None,
     distance_band: BandOption = None,
     confidence: ConfidenceOption = None,
     max_tries: TriesOption = None,
@@ -88,15 +90,13 @@ def synth(
     from engines.synthesis.plan import asked_classes, fill_classes
     from engines.synthesis.synthesize import summary, synthesize
 
-    typed = {"steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "seed": seed, "engine": engine}
+    typed = {"steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "seed": seed, "engine": engine, "precision": precision}
     filters = {"distance_band": distance_band, "confidence": confidence, "max_tries": max_tries}
     folder = open_run(run, (*(overrides or ()), *_settings("synth", typed), *_settings("select", filters)))
     wanted = fill_classes(folder) if fill else asked_classes(folder, names or [], n or 0)
-    if folder.recipe.synth.engine == "auto":
-        console.note("engine: onnx (auto: the exported network on ONNX Runtime's CPU provider; --engine torch runs without an export)")
     originals = _originals(folder, data)
     with console.progress() as report:
-        parts = synthesize(folder, wanted, out, originals, report=report)
+        parts = synthesize(folder, wanted, out, originals, report=report, tell=console.note)
     if json:
         console.emit_json(summary(parts))
     for part in parts:

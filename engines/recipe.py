@@ -199,19 +199,22 @@ class GuideSection(StageSection):
 
 
 class ExportSection(Section):
-    """Torch -> ONNX."""
+    """Torch -> ONNX -> engine, and how far an engine may be from torch."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     max_batch: Count = 64
-    one_step_tolerance: Positive = 1e-5  # relative L2 of one evaluation against torch
-    trajectory_psnr_db: Positive = 40.0  # of a short trajectory against torch
+    one_step_tolerance: Positive = 1e-5  # relative L2 of one evaluation against torch, in float32
+    trajectory_psnr_db: Positive = 40.0  # of the worst image after 50 steps, against torch
+    bf16_one_step_tolerance: Positive = 2e-2  # the same two for engines that compute in bf16
+    bf16_trajectory_psnr_db: Positive = 30.0
 
 
 class SynthSection(Section):
     """Guided sampling, Eq. 13, and how many images are made."""
 
     model: Literal["target", "source"] = "target"
-    engine: Literal["onnx", "torch", "auto"] = "auto"
+    engine: Literal["onnx", "openvino", "torch", "auto"] = "auto"  # "auto": the fastest that is exported and can run here
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the engine; "auto": any that is exported
     sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "ddpm"
     steps: Steps = 250  # of `diffusion.steps`: evenly spaced; "ddim50": at whole strides from 0; "10,15,25": so many in each third of t
     eta: Fraction = 0.0  # ddim

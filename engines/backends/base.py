@@ -19,6 +19,9 @@ from engines import store
 from engines.diffusion.noise import batch_noise, image_key
 from engines.errors import DataError, EngineError, ParityError
 
+Kind = Literal["torch", "onnx", "openvino", "tensorrt"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
 SELF_TEST_MARGIN = 10.0  # other processors choose other kernels: load-time agreement may be this many times the export's tolerance
 SELF_TEST_VALUES = 64
 REMEDY = "diffrc export makes it anew"
@@ -30,8 +33,8 @@ class EngineCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal[1] = 1
-    kind: Literal["torch", "onnx"]
-    precision: Literal["fp32"]
+    kind: Kind
+    precision: Precision  # what it computes in; x and the output are float32
     recipe_sha256: str  # of the sections that shape the network and its export
     weights_sha256: str  # `weights_sha256` of the network
     file_sha256: str  # of the engine file; "" where there is none (torch)
@@ -46,7 +49,10 @@ class EngineCard(BaseModel):
     tolerance: float  # relative L2 of one evaluation that the export was held to
     one_step_error: float  # the worst that was measured
     trajectory_psnr_db: float  # of a short trajectory, the worst image
-    self_test: tuple[float, ...]  # torch's values at `self_test_input`, thinned out
+    self_test: tuple[float, ...]  # torch's values at `example_input`, thinned out
+    measured_batch: int = 0  # batch of the next two: the one that synth runs; 0 = not measured
+    ms_per_image: float = 0.0  # of one evaluation, when it was exported, on all processors
+    torch_ms_per_image: float = 0.0  # of torch in the same minute
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,27 +89,33 @@ class EngineFile:
     card: EngineCard
 
 
-def card_path(engine: Path) -> Path:
-    """The card of `target.onnx` is `target.json`."""
-    return engine.with_suffix(".json")
+def card_path(engine: Path, kind: Kind = "onnx", precision: Precision = "fp32") -> Path:
+    """The card of `target.onnx` is `target.json`; of the same file in OpenVINO, `target.openvino-bf16.json`."""
+    return engine.with_suffix(f".openvino-{precision}.json" if kind == "openvino" else ".json")
 
 
-def read_card(engine: Path) -> EngineCard:
-    """The card beside an engine file. Raises EngineError where either is missing or the card is not one of this version."""
-    path = card_path(engine)
+def read_card(engine: Path, kind: Kind = "onnx", precision: Precision = "fp32") -> EngineCard:
+    """The card beside an engine file, for one runtime and precision.
+
+    Raises EngineError where either is missing, or the card is not one of this version or is of another runtime or precision.
+    """
+    path = card_path(engine, kind, precision)
     for file in (engine, path):
         if not file.is_file():
             raise EngineError(f"there is no {'card' if file == path else 'engine'} {file}", "diffrc export")
     try:
-        return EngineCard.model_validate_json(path.read_bytes())
+        card = EngineCard.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         reason = f"{len(error.errors())} wrong or missing values" if isinstance(error, ValidationError) else str(error)
         raise EngineError(f"{path} is not the card of an engine of this version: {reason}", REMEDY) from None
+    if (card.kind, card.precision) != (kind, precision):
+        raise EngineError(f"{path} is the card of {card.kind} in {card.precision}, not of {kind} in {precision}", REMEDY)
+    return card
 
 
-def read_engine(path: Path) -> EngineFile:
+def read_engine(path: Path, kind: Kind = "onnx", precision: Precision = "fp32") -> EngineFile:
     """An engine file with its card. Raises EngineError where one is missing or they do not belong together."""
-    card = read_card(path)
+    card = read_card(path, kind, precision)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -114,10 +126,14 @@ def read_engine(path: Path) -> EngineFile:
 
 
 def write_engine(path: Path, data: bytes, card: EngineCard) -> None:
-    """Commit an engine file, then its card: killed between the two, what lies there is refused. Raises StorageError."""
+    """Commit an engine file, then its card: killed between the two, what lies there is refused. Raises StorageError.
+
+    Cards of other runtimes for the same file stay good where its bytes do not change, and are refused where they do.
+    """
     assert hashlib.sha256(data).hexdigest() == card.file_sha256
-    store.write_bytes(path, data)
-    store.write_text(card_path(path), card.model_dump_json(indent=1) + "\n")
+    if not path.is_file() or path.read_bytes() != data:
+        store.write_bytes(path, data)
+    store.write_text(card_path(path, card.kind, card.precision), card.model_dump_json(indent=1) + "\n")
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -158,12 +174,19 @@ def self_test_batch(card: EngineCard) -> int:
     return min(3, card.max_batch)
 
 
-def self_test(engine: Engine, origin: str) -> None:
-    """Evaluate the fixed input and compare with what torch gave. Raises ParityError naming both numbers."""
+def self_test(engine: Engine, origin: str, batch: int = 0) -> None:
+    """Evaluate the fixed input and compare with what torch gave. Raises ParityError naming both numbers.
+
+    Args:
+        batch: evaluate in batches of this many, the last one filled up: kernels are chosen by size. 0 = all of the input at once.
+    """
     card = engine.card
-    x, t, y = example_input(card, self_test_batch(card), 0)
+    images = self_test_batch(card)
+    batch = min(batch, card.max_batch) or images
+    x, t, y = example_input(card, -(-images // batch) * batch, 0)  # begins with the same images whatever its length
+    parts = [slice(start, start + batch) for start in range(0, len(x), batch)]
     expected = torch.tensor(card.self_test, dtype=torch.float32)
-    found = thinned(engine(x, t, y))
+    found = thinned(torch.cat([engine(x[part], t[part], None if y is None else y[part]) for part in parts])[:images])
     error = relative_error(found, expected) if found.shape == expected.shape else float("inf")
     limit = SELF_TEST_MARGIN * card.tolerance
     if not error <= limit:  # also where it is not a number

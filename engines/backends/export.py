@@ -1,4 +1,4 @@
-"""Torch -> ONNX, fail-closed: an engine gets its name only after it agreed with torch."""
+"""Torch -> ONNX -> engine, fail-closed: an engine gets its card, without which it is not loaded, only after it agreed with torch."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import contextlib
 import hashlib
 import io
 import logging
+import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines import recipe as recipes
+from engines.backends import choice
 from engines.backends.base import (
     Engine,
     EngineCard,
     EngineFile,
+    Precision,
     example_input,
     package_versions,
     read_engine,
@@ -30,7 +33,8 @@ from engines.backends.base import (
     weights_sha256,
     write_engine,
 )
-from engines.backends.ort_engine import OUTPUT, OrtEngine, input_names
+from engines.backends.choice import BUILDS, Build
+from engines.backends.ort_engine import OUTPUT, input_names
 from engines.backends.torch_engine import TorchEngine
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import sample
@@ -42,41 +46,57 @@ from engines.recipe import ExportSection, Recipe
 from engines.store import RunFolder
 
 Model = Literal["target", "source"]
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+EXPORTERS = ("torch", "onnx", "onnxscript")
+RUNTIMES = {"onnx": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}  # packages, by kind of engine
 EXAMPLE_BATCH = 7  # equal to no other size in the network, or the exporter ties the two together
 MAX_FILE_BYTES = 2**31 - 1  # of one protobuf message
-TRAJECTORY_STEPS = 10
+TRAJECTORY_STEPS = 50
 TRAJECTORY_IMAGES = 4
 MAX_PSNR_DB = 200.0  # what equal images are given
+TIMED_TURNS = 3
 
 
-def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = silent) -> list[EngineCard]:
-    """Export trained networks of a run to `engines/onnx/<model>.onnx`; one that is exported already and still fits is kept.
+def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = silent, builds: Sequence[Build] = ()) -> list[EngineCard]:
+    """Export trained networks of a run to `engines/onnx/<model>.onnx`; an engine that is exported already and still fits is kept.
 
     Args:
         models: which; default `synth.model`.
+        builds: for which runtimes and precisions, each with a card of its own; default `builds_of_recipe`.
+
+    Returns: a card for each build of each model.
 
     Raises:
         UsageError: a stage is not trained.
-        ParityError, NumericsError, EngineError, StorageError: see `export_onnx`.
+        ParityError, NumericsError, EngineError, StorageError: see `export_onnx`; what was published before stays.
     """
     from engines.training.stages import load_unet  # reads checkpoints, and brings the training with it
 
-    recipe, cards = run.recipe, []
-    models = models or (recipe.synth.model,)
-    for done, model in enumerate(models):
-        report("export", done, len(models), {})
-        unet = load_unet(run, model)
-        path = onnx_path(run, model)
-        card = _current(path, unet, recipe)
-        if card is None:
-            started = time.perf_counter()
-            schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
-            card = export_onnx(unet, schedule, path, recipe.export, export_digest(recipe))
-            run.add_cost(f"export.{model}", time.perf_counter() - started)
-        cards.append(card)
-    report("export", len(models), len(models), {})
+    recipe = run.recipe
+    cards: list[EngineCard] = []
+    models, builds = models or (recipe.synth.model,), builds or builds_of_recipe(recipe)
+    for model in models:
+        unet, path = load_unet(run, model), onnx_path(run, model)
+        for build in builds:
+            report("export", len(cards), len(models) * len(builds), {})
+            card = _current(path, unet, recipe, build)
+            if card is None:
+                started = time.perf_counter()
+                schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
+                data = _exported(path, unet, recipe)
+                digest = export_digest(recipe)
+                card = export_onnx(unet, schedule, path, recipe.export, digest, build, recipe.synth.batch_size, data)
+                run.add_cost(f"export.{model}", time.perf_counter() - started)
+            cards.append(card)
+    report("export", len(cards), len(cards), {})
     return cards
+
+
+def builds_of_recipe(recipe: Recipe) -> tuple[Build, ...]:
+    """What [synth] needs: its engine in its precision, or in float32 where it names none; ONNX Runtime for "auto" and beside torch."""
+    engine, precision = recipe.synth.engine, recipe.synth.precision
+    if engine == "torch" or (engine == "auto" and precision == "auto"):
+        return (Build("onnx", "fp32"),)
+    return choice.builds_of(engine, precision)[:1]
 
 
 def onnx_path(run: RunFolder, model: Model) -> Path:
@@ -90,8 +110,17 @@ def export_digest(recipe: Recipe) -> str:
     return recipes.digest(sections)
 
 
-def export_onnx(unet: UNet, schedule: Schedule, path: Path, settings: ExportSection, recipe_sha256: str = "") -> EngineCard:
-    """Write `path` and the card beside it, if and only if ONNX Runtime gives torch's numbers.
+def export_onnx(
+    unet: UNet,
+    schedule: Schedule,
+    path: Path,
+    settings: ExportSection,
+    recipe_sha256: str = "",
+    build: Build = BUILDS[0],
+    batch: int = 0,
+    data: bytes = b"",
+) -> EngineCard:
+    """Write `path` and the card of one engine that runs it, if and only if that engine gives torch's numbers.
 
     The time embedding becomes a float32 table (T, 4 width) that the graph gathers from: runtimes that compute in lower
     precision would spoil its sines. The batch is the only dynamic size.
@@ -99,41 +128,84 @@ def export_onnx(unet: UNet, schedule: Schedule, path: Path, settings: ExportSect
     Args:
         unet: in evaluation mode, float32, on the CPU.
         schedule: the training process; its length is T.
-        path: `<name>.onnx`.
+        path: `<name>.onnx`, which all builds share.
         recipe_sha256: goes into the card.
+        build: the runtime and its precision.
+        batch: the batch size of synthesis, at which its speed is measured; 0 = the largest.
+        data: the ONNX file where it was made before, for another build; empty = made now.
 
     Raises:
-        ParityError: a number disagrees; nothing is written.
+        ParityError: a number disagrees, in the build's precision or before that in float32; nothing is written, what was measured is told.
         NumericsError: the network itself gives values that are not finite.
-        EngineError: the exporter or the runtime failed, or the network is larger than a file of one piece can be.
+        EngineError: the exporter or the runtime failed or is not here, or the network is larger than a file of one piece can be.
         StorageError: the file cannot be written.
     """
-    reference = TorchEngine(unet, len(schedule), settings.max_batch)
-    card = reference.card.model_copy(update={"kind": "onnx", "opset": settings.opset, "tolerance": settings.one_step_tolerance})
+    choice.require(build)
+    reference, limits = TorchEngine(unet, len(schedule), settings.max_batch), limits_of(settings, build.precision)
+    card = reference.card.model_copy(
+        update={
+            "kind": build.kind,
+            "precision": build.precision,
+            "opset": settings.opset,
+            "tolerance": limits.one_step_tolerance,
+            "recipe_sha256": recipe_sha256,
+            "versions": package_versions((*EXPORTERS, *RUNTIMES[build.kind])),
+        }
+    )
     values = thinned(reference(*example_input(card, self_test_batch(card), 0)))
     if not bool(torch.isfinite(values).all()):
         raise NumericsError("the trained network gives values that are not finite", "train again with a smaller lr")
-    data = onnx_bytes(unet, card, recipe_sha256)
-    card = card.model_copy(
-        update={
-            "recipe_sha256": recipe_sha256,
-            "file_sha256": hashlib.sha256(data).hexdigest(),
-            "versions": package_versions(PACKAGES),
-            "self_test": tuple(values.tolist()),
-        }
-    )
-    engine = OrtEngine(EngineFile(data, card), path.name)
-    error = one_step_error(engine, reference)
-    if not error <= settings.one_step_tolerance:  # also where it is not a number
-        found = f"relative error {error:.2g} of one evaluation"
-        raise _disagreement(path, found, f"{settings.one_step_tolerance:.2g}", "export.one_step_tolerance")
-    psnr = trajectory_psnr_db(engine, reference, schedule)
-    if not psnr >= settings.trajectory_psnr_db:
-        found = f"{psnr:.1f} dB after {TRAJECTORY_STEPS} steps of DDIM"
-        raise _disagreement(path, found, f"at least {settings.trajectory_psnr_db:.1f} dB", "export.trajectory_psnr_db")
-    card = card.model_copy(update={"one_step_error": error, "trajectory_psnr_db": psnr})
+    data = data or onnx_bytes(unet, card, recipe_sha256)
+    card = card.model_copy(update={"file_sha256": hashlib.sha256(data).hexdigest(), "self_test": tuple(values.tolist())})
+    batch = batch or card.max_batch
+    if build.precision != "fp32":
+        _require_twin(EngineFile(data, card), path, settings, reference, batch)
+    engine = choice.load(EngineFile(data, card), f"{path.name} on {build}", batch=batch)
+    error, psnr = one_step_error(engine, reference, batch), trajectory_psnr_db(engine, reference, schedule)
+    if not (error <= limits.one_step_tolerance and psnr >= limits.trajectory_psnr_db):  # also where one is not a number
+        raise ParityError(
+            f"{path.name} on {build} disagrees with torch: relative error {error:.2g} of one evaluation, "
+            f"{limits.one_step_tolerance:.2g} allowed; {psnr:.1f} dB after {_steps(schedule)} steps of DDIM, "
+            f"at least {limits.trajectory_psnr_db:.1f} dB asked for; nothing was written",
+            f"report it, or loosen export.{limits.prefix}one_step_tolerance or export.{limits.prefix}trajectory_psnr_db",
+        )
+    ms, torch_ms = ms_per_image((engine, reference), batch)
+    measured = {"one_step_error": error, "trajectory_psnr_db": psnr, "measured_batch": batch, "ms_per_image": ms}
+    card = card.model_copy(update={**measured, "torch_ms_per_image": torch_ms})
     write_engine(path, data, card)
     return card
+
+
+def _require_twin(file: EngineFile, path: Path, settings: ExportSection, reference: Engine, batch: int) -> None:
+    """Hold the same file on the same runtime to float32's limit first.
+
+    In a lower precision, rounding hides what is small: on a trained network a t off by one is within bf16's limit.
+    """
+    limit, origin = settings.one_step_tolerance, f"{path.name} on {file.card.kind} fp32"
+    card = file.card.model_copy(update={"precision": "fp32", "tolerance": limit})
+    error = one_step_error(choice.load(EngineFile(file.data, card), origin, batch=batch), reference, batch)
+    if not error <= limit:
+        raise ParityError(
+            f"{origin} disagrees with torch: relative error {error:.2g} of one evaluation, {limit:.2g} allowed; "
+            f"so it is not tried in {file.card.precision}; nothing was written",
+            "report it, or loosen export.one_step_tolerance",
+        )
+
+
+class Limits(NamedTuple):
+    """How far an engine may be from torch."""
+
+    one_step_tolerance: float  # relative L2 of one evaluation
+    trajectory_psnr_db: float
+    prefix: str = ""  # of the recipe's keys
+
+
+def limits_of(settings: ExportSection, precision: Precision) -> Limits:
+    """The recipe's limits for a precision."""
+    if precision == "bf16":
+        return Limits(settings.bf16_one_step_tolerance, settings.bf16_trajectory_psnr_db, "bf16_")
+    assert precision == "fp32", precision
+    return Limits(settings.one_step_tolerance, settings.trajectory_psnr_db)
 
 
 def onnx_bytes(unet: UNet, card: EngineCard, recipe_sha256: str = "") -> bytes:
@@ -167,12 +239,12 @@ def onnx_bytes(unet: UNet, card: EngineCard, recipe_sha256: str = "") -> bytes:
     return data
 
 
-def one_step_error(engine: Engine, reference: Engine) -> float:
-    """The largest relative L2 error of an image, over small, middle and large t and batches of 1, 2 and the largest."""
+def one_step_error(engine: Engine, reference: Engine, batch: int = 1) -> float:
+    """The largest relative L2 error of an image, over small, middle and large t and batches of 1, 2, `batch` and the largest."""
     card, worst = engine.card, 0.0
-    for batch in sorted({1, min(2, card.max_batch), card.max_batch}):
+    for size in sorted({1, min(2, card.max_batch), batch, card.max_batch}):
         for first_t in (0, card.timesteps // 2, card.timesteps - 1):
-            x, t, y = example_input(card, batch, first_t)
+            x, t, y = example_input(card, size, first_t)
             for found, expected in zip(engine(x, t, y), reference(x, t, y), strict=True):
                 error = relative_error(found, expected)
                 worst = error if not error <= worst else worst  # keeps a NaN
@@ -182,8 +254,8 @@ def one_step_error(engine: Engine, reference: Engine) -> float:
 
 
 def trajectory_psnr_db(engine: Engine, reference: Engine, schedule: Schedule) -> float:
-    """PSNR of the worst image after a short DDIM from the same noise; images are in [-1, 1], so the peak is 2."""
-    short = respace(schedule, min(TRAJECTORY_STEPS, len(schedule)))
+    """PSNR of the worst image after 50 steps of DDIM from the same noise; images are in [-1, 1], so the peak is 2."""
+    short = respace(schedule, _steps(schedule))
     noise = batch_noise([image_key(0, 1, i) for i in range(min(TRAJECTORY_IMAGES, engine.card.max_batch))], 0, engine.card.shape)
     _, _, y = example_input(engine.card, len(noise), 0)
 
@@ -193,6 +265,22 @@ def trajectory_psnr_db(engine: Engine, reference: Engine, schedule: Schedule) ->
     error = (images(engine) - images(reference)).square().flatten(1).mean(1)  # (B,)
     worst = float((10 * (4 / error.clamp(min=1e-30)).log10()).min())
     return min(worst, MAX_PSNR_DB)
+
+
+def ms_per_image(engines: Sequence[Engine], batch: int) -> list[float]:
+    """Milliseconds of one evaluation divided by its images: medians, the engines taking turns after one that is not timed."""
+    times: list[list[float]] = [[] for _ in engines]
+    for turn in range(TIMED_TURNS + 1):
+        for engine, spent in zip(engines, times, strict=True):
+            x, t, y = example_input(engine.card, batch, engine.card.timesteps // 2)
+            started = time.perf_counter()
+            engine(x, t, y)
+            spent += [time.perf_counter() - started] if turn else []
+    return [1000 * statistics.median(spent) / batch for spent in times]
+
+
+def _steps(schedule: Schedule) -> int:
+    return min(TRAJECTORY_STEPS, len(schedule))
 
 
 class _Graph(nn.Module):
@@ -211,14 +299,29 @@ class _Graph(nn.Module):
         return self.unet.denoise(x, F.embedding(t, self.table), y)
 
 
-def _current(path: Path, unet: UNet, recipe: Recipe) -> EngineCard | None:
+def _current(path: Path, unet: UNet, recipe: Recipe, build: Build) -> EngineCard | None:
     """The card of an engine that was made from these weights by this recipe and these packages, or None."""
     try:
-        card = read_engine(path).card
+        card = read_engine(path, *build).card
     except EngineError:  # missing, damaged or older: made anew
         return None
-    wanted = (weights_sha256(unet), export_digest(recipe), package_versions(PACKAGES))
-    return card if (card.weights_sha256, card.recipe_sha256, card.versions) == wanted else None
+    wanted = package_versions((*EXPORTERS, *RUNTIMES[build.kind])), recipe.synth.batch_size
+    return card if _fits(card, unet, recipe) and (card.versions, card.measured_batch) == wanted else None
+
+
+def _exported(path: Path, unet: UNet, recipe: Recipe) -> bytes:
+    """The ONNX file where a card of any build says that it was made from these weights by this recipe and exporter; else empty."""
+    versions = package_versions(EXPORTERS)
+    for build in BUILDS:
+        with contextlib.suppress(EngineError):
+            file = read_engine(path, *build)
+            if _fits(file.card, unet, recipe) and versions == {name: file.card.versions.get(name) for name in versions}:
+                return file.data
+    return b""
+
+
+def _fits(card: EngineCard, unet: UNet, recipe: Recipe) -> bool:
+    return (card.weights_sha256, card.recipe_sha256) == (weights_sha256(unet), export_digest(recipe))
 
 
 def _strip(model: Any) -> None:
@@ -245,10 +348,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _disagreement(path: Path, found: str, allowed: str, key: str) -> ParityError:
-    return ParityError(f"{path.name} disagrees with torch: {found}, {allowed} allowed; nothing was written", f"report it, or loosen {key}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engines.backends.base import Engine, package_versions, weights_sha256
-from engines.backends.export import onnx_path
-from engines.backends.ort_engine import OrtEngine
+from engines.backends import choice
+from engines.backends.base import Engine, EngineFile, package_versions, weights_sha256
+from engines.backends.export import RUNTIMES, onnx_path
 from engines.backends.torch_engine import TorchEngine
 from engines.data.batches import to_pixels, to_tensor
 from engines.data.decode import Pixels
@@ -27,6 +27,7 @@ from engines.diffusion.sampler import Denoiser, StepLog, sample
 from engines.diffusion.schedule import Schedule, make_schedule, respace
 from engines.errors import EngineError
 from engines.networks.guide import Guide
+from engines.networks.unet import UNet
 from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.synthesis import select
@@ -120,33 +121,52 @@ class Maker:
         )
 
 
-def open_maker(run: RunFolder, model: Model) -> Maker:
-    """The networks of a run, ready to draw. Raises UsageError where a stage is not trained, EngineError for a missing or stale engine."""
+def open_maker(run: RunFolder, model: Model, made_with: str = "", tell: Callable[[str], None] = lambda _: None) -> Maker:
+    """The networks of a run, ready to draw.
+
+    Args:
+        made_with: the engine of the images that are to be continued, if any; see `choice.choose`.
+        tell: hears which engine was chosen and why, where there was a choice.
+
+    Raises UsageError where a stage is not trained, EngineError for an engine that is missing, stale or cannot run here.
+    """
     from engines.training.stages import load_guide, load_unet  # reads checkpoints, and brings the training with it
 
     recipe = run.recipe
     unet = load_unet(run, model)
-    engine: Engine
-    if recipe.synth.engine == "torch":
-        engine = TorchEngine(unet, recipe.diffusion.steps, recipe.synth.batch_size)
-    else:
-        path = onnx_path(run, model)
-        if not path.exists():
-            raise EngineError(f"the {model} model of {run.path} is not exported", f"{_export_command(run, model)}; or --engine torch")
-        engine = OrtEngine.load(path, threads=1)
-        if engine.card.weights_sha256 != weights_sha256(unet):
-            raise EngineError(f"{path} was exported from other weights than the run's", _export_command(run, model))
-        if engine.card.max_batch < recipe.synth.batch_size:
-            raise EngineError(
-                f"{path} was checked up to batch {engine.card.max_batch}, synth.batch_size is {recipe.synth.batch_size}",
-                f"{_export_command(run, model)} --set export.max_batch={recipe.synth.batch_size}",
-            )
+    engine = _engine(run, model, unet, made_with, tell)
     guide = load_guide(run) if recipe.synth.guidance_scale or select.is_on(recipe.select) else None
-    packages = ("diffrc", "numpy", "pillow", "torch", *(() if engine.card.kind == "torch" else ("onnxruntime", "onnxruntime-gpu")))
+    packages = ("diffrc", "numpy", "pillow", "torch", *RUNTIMES.get(engine.card.kind, ()))
     guide_sha256 = weights_sha256(guide) if guide else ""
     plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, package_versions(packages))
     plan = replace(plan, stages={stage: reuse.mark(run.path, stage) for stage in (model, *(("guide",) if guide else ()))})
     return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False) if guide else None)
+
+
+def _engine(run: RunFolder, model: Model, unet: UNet, made_with: str, tell: Callable[[str], None]) -> Engine:
+    synth = run.recipe.synth
+    if synth.engine == "torch":
+        if synth.precision == "bf16":
+            raise EngineError(
+                "the torch engine is the float32 reference and computes in nothing else", "--engine openvino --precision bf16"
+            )
+        return TorchEngine(unet, run.recipe.diffusion.steps, synth.batch_size)
+    path, command, weights = onnx_path(run, model), _export_command(run, model), weights_sha256(unet)
+
+    def check(file: EngineFile) -> None:
+        card = file.card
+        if card.weights_sha256 != weights:
+            raise EngineError(f"{path} was exported from other weights than the run's", command)
+        if card.max_batch < synth.batch_size:
+            raise EngineError(
+                f"{path} was checked up to batch {card.max_batch}, synth.batch_size is {synth.batch_size}",
+                f"{command} --batch {synth.batch_size}",
+            )
+
+    chosen = choice.choose(path, choice.builds_of(synth.engine, synth.precision), check, made_with, command)
+    if chosen.why:
+        tell(f"engine: {chosen.build} ({chosen.why})")
+    return choice.load(chosen.file, f"{path} on {chosen.build}", threads=1, batch=synth.batch_size)
 
 
 def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0, interval: tuple[int, int] = EVERYWHERE) -> Denoiser:

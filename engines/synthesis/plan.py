@@ -22,7 +22,7 @@ from engines.training import reuse
 Model = Literal["target", "source"]
 
 PLAN_FILE = "plan.json"
-_NOT_PIXELS = ("model", "engine", "fill_to", "max_bad")  # of [synth]: the first two are named by what they stand for
+_NOT_PIXELS = ("model", "engine", "precision", "fill_to", "max_bad")  # of [synth]: the first three are named by what they stand for
 _GOLDEN = 40503  # / 2^16, the golden ratio's fraction: spreads the classes' first rows evenly over a batch
 _SHOWN = 3  # differing keys in a message
 
@@ -119,6 +119,12 @@ def keep_plan(folder: Path, plan: Plan) -> None:
     told = "; ".join(f"{key} = {_brief(old.get(key))} there, {_brief(new.get(key))} now" for key in changed[:_SHOWN])
     more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     raise ConflictError(f"{folder} holds images of another plan ({told}{more})", f"--out DIR puts these elsewhere; or remove {folder}")
+
+
+def made_with(folder: Path) -> str:
+    """The runtime and precision that made the images of a folder, as `choice.Build` writes itself; "" where there are none."""
+    stored = store.read_json(folder / PLAN_FILE).get("identity", {}) if (folder / PLAN_FILE).is_file() else {}
+    return f"{stored['engine.kind']} {stored['engine.precision']}" if stored else ""
 
 
 def require_current(run: RunFolder) -> None:

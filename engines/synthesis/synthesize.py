@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ class Synthesis:
     plan: str
     model: Model
     engine: str
+    precision: str
     classes: tuple[ClassYield, ...]
     not_finite: int
     seconds: float  # of making them
@@ -93,6 +94,7 @@ def synthesize(
     workers: int = 0,
     report: Report = silent,
     make_room: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[Synthesis]:
     """Make images until each class in `wanted` has as many as it says; what lies there already counts.
 
@@ -103,6 +105,7 @@ def synthesize(
         originals: the run's data, for the contact sheet and the search for copies; a distance band needs them.
         workers: batches that run side by side; 0 = one a processor.
         make_room: keep images of another plan in the run's `stale/`, rather than refuse to mix them with these.
+        tell: hears which engine was chosen and why, where `synth.engine` and `synth.precision` leave a choice.
 
     Returns: one outcome for each network that took part.
 
@@ -120,8 +123,8 @@ def synthesize(
         plans.check_folder(plans.folder_of(run, model, out))
     results = []
     for model, classes in parts.items():
-        maker = open_maker(run, model)
         folder = plans.folder_of(run, model, out)
+        maker = open_maker(run, model, plans.made_with(folder), tell)
         if make_room:
             plans.make_room(run, folder, maker.plan)
         started = time.perf_counter()
@@ -134,10 +137,10 @@ def synthesize(
     return results
 
 
-def fill_run(run: RunFolder, originals: LongTail, report: Report = silent) -> dict[str, Any]:
+def fill_run(run: RunFolder, originals: LongTail, report: Report = silent, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Fill every medium and few class of a run, as plain JSON values: see `synthesize`. Images of other settings are kept aside."""
     wanted = plans.fill_classes(run)
-    return summary(synthesize(run, wanted, originals=originals, report=report, make_room=True))
+    return summary(synthesize(run, wanted, originals=originals, report=report, make_room=True, tell=tell))
 
 
 def summary(parts: Sequence[Synthesis]) -> dict[str, Any]:
@@ -147,6 +150,7 @@ def summary(parts: Sequence[Synthesis]) -> dict[str, Any]:
         "sheets": [str(part.sheet) for part in parts],
         "plans": [part.plan for part in parts],
         "engine": parts[0].engine,
+        "precision": parts[0].precision,
         "made": sum(part.made for part in parts),
         "not_finite": sum(part.not_finite for part in parts),
         "seconds": sum(part.seconds for part in parts),
@@ -195,6 +199,7 @@ def make_folder(
         maker.plan.id,
         maker.model,
         maker.engine.card.kind,
+        maker.engine.card.precision,
         tuple(shelf.yield_of(k, n) for k, n in wanted.items()),
         shelf.not_finite,
         seconds,

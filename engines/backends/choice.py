@@ -1,0 +1,126 @@
+"""Which engine runs: the one that was named, or with `auto` the fastest of those that passed their gate and can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from engines.backends import openvino_engine, ort_engine
+from engines.backends.base import Engine, EngineFile, Kind, Precision, card_path, read_engine
+from engines.backends.openvino_engine import OpenVinoEngine
+from engines.backends.ort_engine import OrtEngine
+from engines.errors import EngineError
+
+
+class Build(NamedTuple):
+    """A runtime and the precision that it computes in."""
+
+    kind: Kind
+    precision: Precision
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.precision}"
+
+
+BUILDS = (Build("onnx", "fp32"), Build("openvino", "fp32"), Build("openvino", "bf16"))  # of an exported network, the safest first
+
+EngineName = Literal["onnx", "openvino", "torch", "auto", "all"]
+PrecisionName = Literal["auto", "fp32", "bf16"]
+
+
+def builds_of(engine: EngineName, precision: PrecisionName) -> tuple[Build, ...]:
+    """The builds that fit what was asked for: "auto" and "all" stand for any. Raises EngineError where none does."""
+    fitting = tuple(
+        build for build in BUILDS if engine in (build.kind, "auto", "all") and (precision == "auto" or build.precision == precision)
+    )
+    if not fitting:
+        raise EngineError(f"no {engine} engine computes in {precision}", "--engine openvino does, where the CPU can; or --precision fp32")
+    return fitting
+
+
+def require(build: Build) -> None:
+    """Raises EngineError where a build cannot run here: no such runtime, or not on this CPU. Ask before long work."""
+    if build.kind == "openvino":
+        openvino_engine.require_runtime(build.precision)
+    else:
+        assert build == Build("onnx", "fp32"), build
+        ort_engine.require_runtime()
+
+
+def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0) -> Engine:
+    """The engine of a file, on the runtime and in the precision of its card.
+
+    Args:
+        origin: what it is called in messages.
+        threads: of one evaluation, of which several may run side by side; 0 = all that this process may use.
+        batch: the batch size that will be asked for; 0 = not known.
+
+    Raises: as `OrtEngine` and `OpenVinoEngine` do.
+    """
+    if file.card.kind == "openvino":
+        return OpenVinoEngine(file, origin, threads, batch=batch)
+    return OrtEngine(file, origin, threads)
+
+
+class Choice(NamedTuple):
+    """An engine file to load, and why it was taken."""
+
+    file: EngineFile
+    why: str  # "" where nothing was to be chosen
+
+    @property
+    def build(self) -> Build:
+        """Its runtime and precision."""
+        return Build(self.file.card.kind, self.file.card.precision)
+
+
+def choose(
+    path: Path, builds: Sequence[Build], check: Callable[[EngineFile], None], made_with: str = "", command: str = "diffrc export"
+) -> Choice:
+    """The fastest of the engines that were published for an ONNX file, by what was measured at export, among those that can run here.
+
+    A measurement of now would vary from call to call, and with it the engine, in whose name a folder of images is made.
+
+    Args:
+        builds: those that may be taken.
+        check: raises EngineError for an engine that does not fit the job.
+        made_with: the build, as text, that images to be continued were made with: it is taken where it can be.
+        command: what exports the network.
+
+    Raises EngineError where none can be taken, with the reason of the first.
+    """
+    published = [build for build in builds if path.is_file() and card_path(path, *build).is_file()]
+    if not published:
+        engine = f" --engine {builds[0].kind}" if len({build.kind for build in builds}) == 1 else ""
+        precision = f" --precision {builds[0].precision}" if len(builds) == 1 else ""
+        named = "" if len(builds) == len(BUILDS) else f" for {' or '.join(map(str, builds))}"
+        raise EngineError(f"{path} is not exported{named}", f"{command}{engine}{precision}; or --engine torch")
+    usable: list[EngineFile] = []
+    refused: list[tuple[Build, EngineError]] = []
+    for build in published:
+        try:
+            file = read_engine(path, *build)
+            check(file)
+            require(build)
+            usable.append(file)
+        except EngineError as error:
+            refused.append((build, error))
+    if not usable:
+        raise refused[0][1]
+    speeds = {Build(file.card.kind, file.card.precision): file.card.ms_per_image for file in usable}
+    best = min(usable, key=lambda file: file.card.ms_per_image or float("inf"))
+    taken = Build(best.card.kind, best.card.precision)
+    if keep := [file for file in usable if str(Build(file.card.kind, file.card.precision)) == made_with]:
+        best, why = keep[0], "the images there were made with it"
+    elif len(usable) > 1:
+        others = ", ".join(f"{build} {_speed(ms)}" for build, ms in speeds.items() if build != taken)
+        why = f"the fastest when it was exported: {_speed(speeds[taken])} an image and evaluation; {others}"
+    else:
+        why = f"no other is exported: {command} --engine all" if len(published) == 1 and len(builds) > 1 else ""
+    why += "".join(f"; not {build}: {error.problem}" for build, error in refused)
+    return Choice(best, why.removeprefix("; "))
+
+
+def _speed(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms else "not measured"

@@ -1,0 +1,148 @@
+"""OpenVINO: an exported network compiled for this CPU, a static shape a batch size, in the precision that was asked for, or nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.backends.base import EngineCard, EngineFile, Precision, check_input, read_engine, self_test
+from engines.backends.ort_engine import OUTPUT, check_model, input_names
+from engines.errors import EngineError
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # by a card's precision
+TELEMETRY = "openvino_telemetry"
+
+
+class OpenVinoEngine:
+    """See `Engine`. Threads may call it side by side: each has infer requests of its own, up to `streams` of them run at once.
+
+    The file is the ONNX file that ONNX Runtime reads as well, with a card of its own: one copy of the weights, one hash, and a
+    compiled model is of this machine alone. Shapes are static, which is what OpenVINO is fast with: each batch size that is
+    asked for is compiled once, in about the time of a few evaluations.
+
+    Args:
+        file: an engine file that matches its card; the card's precision is what it runs in.
+        origin: what it is called in messages.
+        threads: of one evaluation; 0 = all that this process may use.
+        streams: evaluations that run at once; 0 = as many as this process may use processors. 1 where `threads` is 0.
+        batch: the batch size that will be asked for: it is compiled first, and what the load-time test runs; 0 = that test's own.
+
+    Raises:
+        DataError: the file is not an ONNX model of the kind that `diffrc export` makes; OpenVINO does not see it then.
+        EngineError: OpenVINO is not here, this CPU has not the precision, or the model cannot be compiled.
+        ParityError: its numbers are not those of the card.
+    """
+
+    def __init__(self, file: EngineFile, origin: str, threads: int = 0, streams: int = 0, batch: int = 0) -> None:
+        self._card, self._origin = file.card, origin
+        processors = len(os.sched_getaffinity(0))
+        self._streams = (streams or processors) if threads else 1
+        self._threads = self._streams * threads or processors
+        check_model(file.data, file.card, origin)
+        self._core = require_runtime(file.card.precision).Core()
+        self._model = self._read(file.data)
+        self._compiled: dict[int, Any] = {}  # by batch size
+        self._compiling = threading.Lock()
+        self._own = threading.local()
+        self_test(self, origin, batch)
+
+    @classmethod
+    def load(cls, path: Path, precision: Precision = "fp32", threads: int = 0, streams: int = 0, batch: int = 0) -> OpenVinoEngine:
+        """The engine of an ONNX file with a card for OpenVINO beside it. Raises EngineError where they do not belong together."""
+        return cls(read_engine(path, "openvino", precision), str(path), threads, streams, batch)
+
+    @property
+    def card(self) -> EngineCard:
+        """What it is."""
+        return self._card
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """See `Engine.__call__`."""
+        check_input(self._card, x, t, y)
+        feed = {"x": x, "t": t} | ({} if y is None else {"y": y})
+        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in feed.items()}
+        request = self._request(len(x))
+        out = request.infer(arrays, share_inputs=True, share_outputs=False)[OUTPUT]  # a copy: the request keeps its own buffer
+        return torch.from_numpy(out).to(x.device)
+
+    def _request(self, batch: int) -> Any:
+        """This thread's request for a batch size."""
+        own: dict[int, Any] = self._own.__dict__.setdefault("requests", {})
+        if batch not in own:
+            with self._compiling:
+                if batch not in self._compiled:
+                    self._compiled[batch] = self._compile(batch)
+            own[batch] = self._compiled[batch].create_infer_request()
+        return own[batch]
+
+    def _read(self, data: bytes) -> Any:
+        try:
+            return self._core.read_model(data, b"")
+        except RuntimeError as error:
+            raise self._refused("read", error) from error
+
+    def _compile(self, batch: int) -> Any:
+        card = self._card
+        model = self._model.clone()
+        hint = HINTS[card.precision]
+        settings = {
+            "INFERENCE_PRECISION_HINT": hint,  # left alone, OpenVINO takes bf16 wherever the CPU has it
+            "NUM_STREAMS": self._streams,
+            "INFERENCE_NUM_THREADS": self._threads,
+            "ENABLE_CPU_PINNING": False,  # two processes would pin their threads to the same processors
+        }
+        try:
+            model.reshape({name: [batch, *card.shape] if name == "x" else [batch] for name in input_names(card)})
+            compiled = self._core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise self._refused("compile", error) from error
+        runs = _name(compiled.get_property("INFERENCE_PRECISION_HINT"))
+        if runs != hint:
+            raise EngineError(f"{self._origin} would run in {runs}, not in {hint}", "diffrc export --engine onnx; or --engine torch")
+        return compiled
+
+    def _refused(self, verb: str, error: RuntimeError) -> EngineError:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        return EngineError(f"OpenVINO cannot {verb} {self._origin}: {reason}", "--engine onnx runs without it")
+
+
+def require_runtime(precision: Precision = "fp32") -> Any:
+    """The openvino module. Ask before long work. Raises EngineError where it is missing, or where this CPU lacks the precision."""
+    try:
+        openvino = _import()
+    except ImportError as error:
+        raise EngineError(f"OpenVINO cannot be imported: {error}", 'pip install "diffrc[openvino]"') from None
+    core = openvino.Core()
+    if "CPU" not in core.available_devices:
+        raise EngineError("this OpenVINO has no CPU device", 'pip install "diffrc[openvino]"')
+    have = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bf16" and "BF16" not in have:
+        raise EngineError(f"this CPU has no bf16 in OpenVINO, only {', '.join(sorted(have))}", "--precision fp32 runs here")
+    if precision not in HINTS:
+        raise EngineError(f"OpenVINO does not run {precision} on a CPU here", "--precision fp32, or bf16 where the CPU has it")
+    return openvino
+
+
+def _import() -> Any:
+    """The module, without the message that importing it otherwise sends to its maker's statistics, unasked, with an id kept in ~/intel."""
+    hide = "openvino" not in sys.modules and TELEMETRY not in sys.modules
+    if hide:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # cannot be imported: OpenVINO has a stub of its own for that
+    try:
+        import openvino
+    finally:
+        if hide:
+            del sys.modules[TELEMETRY]
+    return openvino
+
+
+def _name(element_type: Any) -> str:
+    """ "f32" or "bf16" of openvino.Type, which writes itself as <Type: 'float32'>."""
+    return str(element_type.get_type_name())

@@ -1,0 +1,135 @@
+"""No engine of any kind that is wrong gets past the gate, and what was measured is told."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.backends import choice, export
+from engines.backends.base import Engine, EngineFile
+from engines.backends.choice import BUILDS, Build
+from engines.errors import EngineError, ParityError
+
+
+def _skip_reason(build: Build) -> str:
+    try:
+        choice.require(build)
+    except EngineError as error:
+        return error.problem
+    return ""
+
+
+EVERY_BUILD = [
+    pytest.param(build, id=str(build), marks=pytest.mark.skipif(bool(reason := _skip_reason(build)), reason=reason)) for build in BUILDS
+]
+
+
+class Sabotaged:
+    """An engine that loads well and then computes something else."""
+
+    def __init__(self, engine: Engine, how: str) -> None:
+        self.engine, self.card, self.how = engine, engine.card, how
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if self.how == "t off by one":
+            return self.engine(x, (t + 1).clamp(max=self.card.timesteps - 1), y)
+        out = self.engine(x, t, y)
+        if self.how == "noise 1e-2":
+            return out + 1e-2 * torch.randn(out.shape, generator=self.generator)
+        if self.how == "channels swapped":
+            return out.flip(1)
+        if self.how == "samples swapped":
+            return out.flip(0)
+        assert self.how == "not a number in one sample"
+        out[-1, 0, 3, 4] = float("nan")
+        return out
+
+
+@pytest.mark.parametrize("build", EVERY_BUILD)
+@pytest.mark.parametrize("how", ["noise 1e-2", "channels swapped", "samples swapped", "t off by one", "not a number in one sample"])
+def test_a_sabotaged_engine_of_any_kind_is_not_published_and_its_numbers_are_told(
+    how: str, build: Build, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = choice.load
+
+    def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0) -> Engine:
+        engine = real(file, origin, threads, batch)
+        return Sabotaged(engine, how) if file.card.precision == build.precision else engine
+
+    monkeypatch.setattr(choice, "load", load)
+    path = tmp_path / "engines" / "target.onnx"
+    with pytest.raises(ParityError, match=r"relative error \S+ of one evaluation, \S+ allowed; \S+ dB after 50 steps of DDIM") as failure:
+        export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, exported.path.read_bytes())
+    assert failure.value.exit_code == 6
+    assert str(build) in failure.value.problem
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("build", EVERY_BUILD)
+def test_an_engine_that_agrees_is_published_with_its_precisions_limit_and_its_speed(build: Build, exported: Any, tmp_path: Path) -> None:
+    path = tmp_path / "target.onnx"
+    card = export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, exported.path.read_bytes())
+    limits = export.limits_of(exported.settings, build.precision)
+    assert (card.kind, card.precision, card.tolerance) == (*build, limits.one_step_tolerance)
+    assert 0 < card.one_step_error <= limits.one_step_tolerance
+    assert card.trajectory_psnr_db >= limits.trajectory_psnr_db
+    assert card.measured_batch == 5
+    assert min(card.ms_per_image, card.torch_ms_per_image) > 0
+    assert choice.load(choice.read_engine(path, *build), "target.onnx", 1, 5).card == card
+
+
+@pytest.mark.parametrize("build", [parameter for parameter in EVERY_BUILD if parameter.id == "openvino bf16"])
+def test_bf16_hides_no_fault_that_float32_shows(build: Build, exported: Any, tmp_path: Path) -> None:
+    """The network has a slightly other time embedding than its file: far within a wide limit for bf16, far outside float32's."""
+    unet = copy.deepcopy(exported.unet)
+    with torch.no_grad():
+        unet.time_embed[-1].bias.mul_(1.001)
+    settings = exported.settings.model_copy(update={"bf16_one_step_tolerance": 1.0, "bf16_trajectory_psnr_db": 1.0})
+    with pytest.raises(ParityError, match=r"on openvino fp32 disagrees .* not tried in bf16"):
+        export.export_onnx(unet, exported.schedule, tmp_path / "target.onnx", settings, "", build, 5, exported.path.read_bytes())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rejected_engine_leaves_what_was_published_for_the_same_file(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "target.onnx"
+    arguments = (exported.unet, exported.schedule, path, exported.settings, "")
+    export.export_onnx(*arguments, BUILDS[0], 5, exported.path.read_bytes())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(export, "one_step_error", lambda *_: float("nan"))
+    with pytest.raises(ParityError):
+        export.export_onnx(*arguments, BUILDS[0], 5, exported.path.read_bytes())
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_batch_of_synthesis_is_checked_beside_one_two_and_the_largest(exported: Any) -> None:
+    seen: set[int] = set()
+
+    class Spy:
+        card = exported.card
+
+        def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+            seen.add(len(x))
+            return x
+
+    export.one_step_error(Spy(), Spy(), 5)
+    assert seen == {1, 2, 5, 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_other_opsets_pass_the_gate_of_every_engine_that_runs_here(opset: int, exported: Any, tmp_path: Path) -> None:
+    settings = exported.settings.model_copy(update={"opset": opset})
+    path, data = tmp_path / "target.onnx", b""
+    for build in BUILDS:
+        if not _skip_reason(build):
+            card = export.export_onnx(exported.unet, exported.schedule, path, settings, "", build, 5, data)
+            data = path.read_bytes()
+            assert card.opset == opset

@@ -30,6 +30,18 @@ class Push(NamedTuple):
 Guidance = Callable[[Tensor, Tensor], Push | None]
 """(x, t) -> the push, or None where guidance is off at this t."""
 
+class Stepped(NamedTuple):
+    """A whole guided step, and its figures image by image."""
+
+    x: Tensor  # (B, C, H, W) x_{t-1}
+    guidance_to_noise: Tensor  # (B,), see `StepLog`
+    scale: Tensor  # (B,) s
+    log_prob: Tensor  # (B,) log p(y | x_t)
+
+
+GuidedStep = Callable[[Tensor, Tensor, Tensor], Stepped | None]
+"""(x, positions j (B,), z) -> one step of ddpm or ddim with its guidance, or None where guidance is off at this t."""
+
 Noise = Callable[[int], Tensor]
 """step -> (B, C, H, W) standard normal; step 0 is x_T, step i >= 1 the noise of the i-th evaluation."""
 
@@ -58,6 +70,7 @@ def sample(
     step_unit: Literal["sigma", "variance"] = "sigma",
     clip_denoised: bool = True,
     log: Callable[[StepLog], None] | None = None,
+    guided_step: GuidedStep | None = None,
 ) -> Tensor:
     """Run the reverse process of `schedule` from x_T = noise(0).
 
@@ -68,19 +81,27 @@ def sample(
         denoise: (B, C, H, W), (B,) training timesteps -> (B, C, H, W) eps, or (B, 2C, H, W) eps and variance values.
         eta: of ddim.  step_unit: of ddpm.
         log: called after each step, so that it can stop the run by raising.
+        guided_step: an engine that makes steps of ddpm or ddim whole; asked first, `denoise` and `guidance` only where it gives None.
 
     Returns: (B, C, H, W) float32, in [-1, 1] where clip_denoised.
     """
     x = noise(0)  # (B, C, H, W)
     channels, timesteps, x0_before = x.shape[1], schedule.timesteps.tolist(), None
+    assert guided_step is None or sampler != "dpmpp_2m", "a step that remembers the one before is not fused"
     draws = sampler == "ddpm" or (sampler == "ddim" and eta > 0)
     for step, position in enumerate(reversed(range(len(schedule))), start=1):
         j = torch.full((len(x),), position, device=x.device)
         t = schedule.timesteps[j]
+        z = noise(step) if draws and position else torch.zeros_like(x)  # the last step adds none
+        stepped = guided_step(x, j, z) if guided_step else None
+        if stepped:
+            x = stepped.x
+            if log:
+                log(StepLog(timesteps[position], *(figure.mean() for figure in stepped[1:])))
+            continue
         output = denoise(x, t).float()
         push = guidance(x, t) if guidance else None
         gradient = push.gradient if push else torch.zeros_like(x)
-        z = noise(step) if draws and position else torch.zeros_like(x)  # the last step adds none
         if sampler == "ddpm":
             x, guided, random = ddpm_step(schedule, x, j, output, gradient, z, step_unit, clip_denoised)
         else:
@@ -169,9 +190,13 @@ def clipped(x0: Tensor, clip_denoised: bool) -> Tensor:
     return x0.clamp(-1, 1) if clip_denoised else x0
 
 
+def guidance_to_noise(guided: Tensor, random: Tensor) -> Tensor:
+    """||guided|| / ||random|| of each image, (B,); 0 where there is no noise."""
+    noise = random.flatten(1).norm(dim=1)
+    return torch.where(noise > 0, guided.flatten(1).norm(dim=1) / noise.clamp(min=1e-12), 0.0)
+
+
 def _figures(t: int, guided: Tensor, random: Tensor, push: Push | None) -> StepLog:
     if push is None:
         return StepLog(t, *torch.zeros(3, device=guided.device).unbind())
-    noise = random.flatten(1).norm(dim=1)
-    ratio = torch.where(noise > 0, guided.flatten(1).norm(dim=1) / noise.clamp(min=1e-12), 0.0)
-    return StepLog(t, ratio.mean(), push.scale.mean(), push.log_prob.mean())
+    return StepLog(t, guidance_to_noise(guided, random).mean(), push.scale.mean(), push.log_prob.mean())

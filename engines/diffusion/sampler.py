@@ -30,6 +30,7 @@ class Push(NamedTuple):
 Guidance = Callable[[Tensor, Tensor], Push | None]
 """(x, t) -> the push, or None where guidance is off at this t."""
 
+
 class Stepped(NamedTuple):
     """A whole guided step, and its figures image by image."""
 

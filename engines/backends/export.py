@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import logging
 import statistics
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +31,7 @@ from engines.backends.base import (
     write_engine,
 )
 from engines.backends.choice import BUILDS, Build
+from engines.backends.onnx_file import serialized, to_onnx
 from engines.backends.ort_engine import OUTPUT, input_names
 from engines.backends.torch_engine import TorchEngine
 from engines.diffusion.noise import batch_noise, image_key
@@ -213,30 +211,11 @@ def onnx_bytes(unet: UNet, card: EngineCard, recipe_sha256: str = "") -> bytes:
     size = 4 * (parameter_count(unet) + card.timesteps * 4 * unet.architecture.model_channels)
     if size > MAX_FILE_BYTES:
         raise EngineError(f"the network takes {size / 2**30:.1f} GiB; one ONNX file holds less than 2 GiB", "diffrc synth --engine torch")
-    inputs = example_input(card, EXAMPLE_BATCH, 0)[: len(input_names(card))]
-    batch = torch.export.Dim("batch")
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                _Graph(unet, card.timesteps),
-                inputs,
-                dynamo=True,
-                opset_version=card.opset,
-                input_names=input_names(card),
-                output_names=[OUTPUT],
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
-                verbose=False,
-            )
-            assert program is not None
-            model = program.model_proto
-        except Exception as error:  # the exporter wraps whatever failed in classes of its own
-            raise EngineError(f"torch cannot export this network: {_first_line(error)}", "--debug shows where; please report it") from error
-    _strip(model)
-    properties = {"recipe_sha256": recipe_sha256, "weights_sha256": card.weights_sha256, "timesteps": str(card.timesteps)}
-    for key, value in properties.items():
-        model.metadata_props.add(key=f"diffrc.{key}", value=value)
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
+    example = zip(input_names(card), example_input(card, EXAMPLE_BATCH, 0), strict=False)  # no y where the network takes none
+    inputs = {name: value for name, value in example if value is not None}
+    model = to_onnx(_Graph(unet, card.timesteps), inputs, [OUTPUT], card.opset)
+    provenance = {"recipe_sha256": recipe_sha256, "weights_sha256": card.weights_sha256, "timesteps": str(card.timesteps)}
+    return serialized(model, provenance)
 
 
 def one_step_error(engine: Engine, reference: Engine, batch: int = 1) -> float:
@@ -322,34 +301,3 @@ def _exported(path: Path, unet: UNet, recipe: Recipe) -> bytes:
 
 def _fits(card: EngineCard, unet: UNet, recipe: Recipe) -> bool:
     return (card.weights_sha256, card.recipe_sha256) == (weights_sha256(unet), export_digest(recipe))
-
-
-def _strip(model: Any) -> None:
-    """Take out what the exporter notes about the machine it ran on: stack traces with paths, in nodes and values."""
-    model.doc_string = ""
-    del model.metadata_props[:]
-    graph = model.graph
-    graph.doc_string = ""
-    del graph.value_info[:]
-    del graph.metadata_props[:]
-    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        item.doc_string = ""
-        del item.metadata_props[:]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's chatter and advice to developers from the user's terminal; its errors are raised all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

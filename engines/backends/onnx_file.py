@@ -42,8 +42,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[s
             assert program is not None
             model = program.model_proto
         except Exception as error:  # the exporter wraps whatever failed in classes of its own
-            problem = f"torch cannot export {type(module).__name__}: {first_line(error)}"
-            raise EngineError(problem, "--debug shows where; please report it") from error
+            raise EngineError(f"torch cannot export this network: {first_line(error)}", "--debug shows where; please report it") from error
     strip(model)
     return model
 

@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from engines import store
-from engines.backends import export
+from engines.backends import export, onnx_file
 from engines.backends.base import EngineCard, card_path, example_input, read_engine, relative_error
 from engines.backends.ort_engine import OrtEngine
 from engines.backends.torch_engine import TorchEngine
@@ -201,7 +201,7 @@ def test_the_exporter_says_nothing_on_the_terminal_and_restores_logging(capfd: p
     import logging
     import warnings
 
-    with export._quiet():
+    with onnx_file.quiet():
         print("obtaining the graph")
         warnings.warn("for developers", stacklevel=1)
         logging.getLogger("torch.onnx").warning("torchvision is not installed")

@@ -17,6 +17,7 @@ from engines.errors import EngineError
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # by a card's precision
 TELEMETRY = "openvino_telemetry"
+MAX_OPSET = 20  # compiling a network exported at 21 or 23 ends the whole process in OpenVINO 2026.4: there is no error to catch
 
 
 class OpenVinoEngine:
@@ -35,7 +36,7 @@ class OpenVinoEngine:
 
     Raises:
         DataError: the file is not an ONNX model of the kind that `diffrc export` makes; OpenVINO does not see it then.
-        EngineError: OpenVINO is not here, this CPU has not the precision, or the model cannot be compiled.
+        EngineError: OpenVINO is not here, this CPU has not the precision, the opset is above MAX_OPSET, or it cannot be compiled.
         ParityError: its numbers are not those of the card.
     """
 
@@ -44,7 +45,12 @@ class OpenVinoEngine:
         processors = len(os.sched_getaffinity(0))
         self._streams = (streams or processors) if threads else 1
         self._threads = self._streams * threads or processors
+        if file.card.opset > MAX_OPSET:
+            raise EngineError(
+                f"OpenVINO takes opsets up to {MAX_OPSET} here; {origin} has {file.card.opset}", f"diffrc export --opset {MAX_OPSET}"
+            )
         check_model(file.data, file.card, origin)
+        check_operators(file.data, origin)
         self._core = require_runtime(file.card.precision).Core()
         self._model = self._read(file.data)
         self._compiled: dict[int, Any] = {}  # by batch size
@@ -111,6 +117,18 @@ class OpenVinoEngine:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[-1] if lines else "no reason given"
         return EngineError(f"OpenVINO cannot {verb} {self._origin}: {reason}", "--engine onnx runs without it")
+
+
+def check_operators(data: bytes, origin: str) -> None:
+    """Refuse a model that OpenVINO would not survive: compiling GroupNormalization, which exports from opset 21 on hold, ends the process.
+
+    (OpenVINO 2026.4 on a CPU, float32, static shapes: a segmentation fault in compile_model.) Raises EngineError.
+    """
+    import onnx
+
+    if any(node.op_type == "GroupNormalization" for node in onnx.load_model_from_string(data).graph.node):
+        problem = f"{origin} has an operator that OpenVINO crashes on: GroupNormalization, of opset 21 and later"
+        raise EngineError(problem, "diffrc export --set export.opset=20; or --engine onnx")
 
 
 def require_runtime(precision: Precision = "fp32") -> Any:

@@ -170,6 +170,14 @@ def test_a_foreign_model_is_refused_before_openvino_sees_it(in_openvino: Path, m
         OpenVinoEngine(altered(in_openvino, external), "target.onnx")
 
 
+def test_an_opset_that_would_end_the_process_is_refused_before_openvino_sees_it(in_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVinoEngine, "_read", lambda *_: pytest.fail("OpenVINO saw it"))
+    file = read_engine(in_openvino, "openvino")
+    newer = EngineFile(file.data, file.card.model_copy(update={"opset": 21}))
+    with pytest.raises(EngineError, match=r"opsets up to 20 here; target\.onnx has 21"):
+        OpenVinoEngine(newer, "target.onnx")
+
+
 def test_numbers_that_are_not_those_of_the_card_fail_the_load_time_test(in_openvino: Path) -> None:
     def scale(model: onnx.ModelProto) -> None:
         (tensor,) = (t for t in model.graph.initializer if t.name == "unet.out.2.weight")

@@ -48,8 +48,9 @@ def _on_ort(data: bytes, outputs: Sequence[str], origin: str, threads: int) -> G
 
 def _on_openvino(data: bytes, outputs: Sequence[str], origin: str, threads: int) -> Graph:
     """Static shapes, compiled for each batch at its first call: in dynamic shapes OpenVINO's gradients were silently wrong."""
-    from engines.backends.openvino_engine import require_runtime
+    from engines.backends.openvino_engine import check_operators, require_runtime
 
+    check_operators(data, origin)
     core = require_runtime("fp32").Core()
     compiled: dict[int, Any] = {}
     turn = threading.Lock()  # of a request, whose buffers one call at a time may use

@@ -14,6 +14,7 @@ from torch import Tensor
 from engines import store
 from engines.backends import gradient
 from engines.backends.gradient import GradientEngine, export_gradient, gradient_module, gradient_parity, refuse_disagreement
+from engines.backends.graphs import open_graph
 from engines.diffusion.guidance import class_gradient, prototype_guidance
 from engines.errors import DataError, EngineError, NumericsError, ParityError
 
@@ -171,3 +172,16 @@ def test_a_guide_that_gives_values_that_are_not_finite_is_not_exported(make_guid
     with pytest.raises(NumericsError):
         export_gradient(guide, 50, tmp_path / "guide.onnx", 32)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_graph_that_openvino_would_crash_on_is_refused() -> None:
+    value = onnx.helper.make_tensor_value_info
+    x, y = value("x", onnx.TensorProto.FLOAT, ["batch", 4, 2, 2]), value("y", onnx.TensorProto.FLOAT, ["batch", 4, 2, 2])
+    weights = [onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [4], [1.0] * 4) for name in ("scale", "bias")]
+    node = onnx.helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=2)
+    graph = onnx.helper.make_graph([node], "norm", [x], [y], weights)
+    data = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]).SerializeToString()
+    with pytest.raises(EngineError, match="GroupNormalization") as failure:
+        open_graph(data, ["x"], ["y"], 21, "norm.onnx", "openvino")
+    assert failure.value.exit_code == 4
+    assert "export.opset=20" in failure.value.remedy

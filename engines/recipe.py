@@ -294,7 +294,8 @@ class Recipe(Section):
             keys = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels")
             other = [key for key in keys if getattr(self.guide, key) != getattr(self.unet, key)]
             mistakes += [f'guide.init_from = "target" needs guide.{key} = {getattr(self.unet, key)}, as unet.{key}' for key in other]
-            for key, needed in (("num_heads", 0), ("resblock_updown", True), ("use_scale_shift_norm", True)):
+            fixed = {"num_heads": 0, "resblock_updown": True, "use_scale_shift_norm": True, "use_new_attention_order": False}
+            for key, needed in fixed.items():
                 if getattr(self.unet, key) != needed:
                     mistakes.append(f'guide.init_from = "target" needs unet.{key} = {str(needed).lower()}: a guide has no such option')
         if self.synth.batch_size > self.export.max_batch:

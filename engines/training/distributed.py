@@ -72,10 +72,13 @@ class World:
             unit = section.group_size if isinstance(section, TargetSection) else 1
             if section.batch_size % (parts * unit):
                 of_groups = f" of whole groups of {unit}" if unit > 1 else ""
+                size = -(-section.batch_size // (parts * unit)) * parts * unit
+                fewer = [n for n in range(section.accumulate - 1, 0, -1) if section.batch_size % (self.size * n * unit) == 0]
+                same_batch = f"--set {name}.accumulate={fewer[0]}, or " if fewer else ""
                 raise UsageError(
                     f"{name}.batch_size {section.batch_size} has no {parts} equal parts{of_groups}: "
                     f"{self.size} processes, {name}.accumulate {section.accumulate}",
-                    f"--set {name}.batch_size={-(-section.batch_size // (parts * unit)) * parts * unit}, or another --nproc-per-node",
+                    f"{same_batch}--set {name}.batch_size={size}, or another --nproc-per-node",
                 )
 
     def rows(self, batch_size: int) -> slice:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engines import store
 from engines.data.batches import ALL, Batch, drawn_ahead
-from engines.errors import Interrupted
+from engines.errors import Interrupted, StorageError
 from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report, silent
 from engines.recipe import StageSection
@@ -94,11 +94,15 @@ def train(
     Raises:
         Interrupted: after a signal; the step it came in is finished and saved, be it the last.
         NumericsError: after `max_nonfinite_steps` skipped steps in a row.
-        StorageError: from a checkpoint that cannot be written.
+        StorageError: from a checkpoint that cannot be written, or that not every process sees.
     """
     trainer = Trainer(stage, seed, device, world)
     found = store.load_checkpoint(folder)
     first = found.step if found else 0
+    if (newest := world.largest(first)) != first:  # asked of all: none writes here before every one has read
+        raise StorageError(
+            f"a process finds {folder} at step {first:,}, another at step {newest:,}", "put --run on a disk that all processes share"
+        )
     if found:
         trainer.load(found)
     if world.first:

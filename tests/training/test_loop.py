@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import store
 from engines.data.batches import ALL, DRAWN_AHEAD, Batch, drawn_ahead, torch_generator
-from engines.errors import DataError, Interrupted, NumericsError
+from engines.errors import DataError, Interrupted, NumericsError, StorageError
 from engines.interrupt import catch_signals
 from engines.recipe import StageSection
-from engines.training.distributed import ALONE
+from engines.training.distributed import ALONE, World
 from engines.training.loop import Forward, Stage, is_complete, measure, result_of, train
 from engines.training.sinks import Sinks
 from engines.training.trainer import GuardedAdamW, Trainer, learning_rate
@@ -656,3 +656,14 @@ def test_no_steps_are_a_stage_whose_result_is_its_start(tmp_path: Path) -> None:
         assert found is not None
         assert found.step == 0
         assert all(torch.equal(value, start[name]) for name, value in found.groups["ema"].items())
+
+
+def test_a_process_that_sees_another_checkpoint_than_the_others_does_not_train_beside_them(tmp_path: Path) -> None:
+    class Behind(World):
+        def largest(self, value: int) -> int:
+            return value + 3
+
+    with pytest.raises(StorageError, match=r"at step 0, another at step 3") as refused:
+        train(toy(), tmp_path, 0, CPU, world=Behind())
+    assert "a disk that all processes share" in refused.value.remedy
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,11 @@ def is_written(folder: Path) -> bool:
     return (folder / TABLE).exists() and (folder / PICTURE).exists()
 
 
+def forget(folder: Path) -> None:
+    """Take back that `write` has finished here, before the guide is trained on: killed after its last step, it must be judged anew."""
+    (folder / PICTURE).unlink(missing_ok=True)
+
+
 @torch.no_grad()
 def by_noise(guide: Guide, images: ImageSet, schedule: Schedule, seed: int, batch_size: int = 256) -> dict[str, Any]:
     """Accuracy and calibration of the guide on noised images.

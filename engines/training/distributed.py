@@ -9,6 +9,7 @@ Two processes end bit for bit as one with two micro-batches; in which order the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import os
 import re
@@ -176,4 +177,5 @@ def joined() -> Iterator[World]:
                 "another process of this training is gone", "the same command continues from the last checkpoint"
             ) from failure
         raise
+    gc.collect()  # a wrapped model lies in a reference cycle; alive when the interpreter ends, its threads abort the process now and then
     dist.destroy_process_group()

@@ -435,17 +435,19 @@ def _mistake(error: dict[str, Any]) -> str:
         section = Recipe.model_fields.get(str(error["loc"][0])) if len(error["loc"]) > 1 else None
         model = section.annotation if section else Recipe
         fields: Iterable[str] = getattr(model, "model_fields", {})
-        return f"unknown key {where!r}{_suggestion(str(error['loc'][-1]), fields)}"
+        return f"unknown key {where!r}{_suggestion(where, fields)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if isinstance(error.get("input"), dict) else f", not {json.dumps(error.get('input'), default=str)[:80]}"
     return f"{where}: {message}{given}" if where else message
 
 
-def _suggestion(key: str, fields: Iterable[str]) -> str:
-    """The sections that hold the key, else the nearest key of its own section."""
+def _suggestion(where: str, fields: Iterable[str]) -> str:
+    """The sections that hold the key, after what its own section holds that is much like it; else the nearest key of its own section."""
+    section, _, key = where.rpartition(".")
     homes = [name for name, field in Recipe.model_fields.items() if key in getattr(field.annotation, "model_fields", {})]
-    near = [f"{home}.{key}" for home in homes] or difflib.get_close_matches(key, list(fields), n=1, cutoff=0.5)
+    own = difflib.get_close_matches(key, list(fields), n=1, cutoff=0.6 if homes else 0.5)
+    near = [f"{section}.{name}" for name in own if section] + [f"{home}.{key}" for home in homes] if homes else own
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 

@@ -236,6 +236,7 @@ def test_a_network_or_batch_that_cannot_be_built_is_refused(overrides: list[str]
         ("synth.guidence_scale", "'guidance_scale'"),
         ("recogniser", "'recognizer'"),
         ("tau", "'guide.tau'"),
+        ("source.steps", "'source.train_steps' or 'diffusion.steps' or 'synth.steps'"),
     ],
 )
 def test_an_unknown_key_names_the_right_one(key: str, meant: str) -> None:

@@ -164,7 +164,7 @@ def advice(tables: Mapping[str, Mapping[str, Any]]) -> str:
         return "the guide does no better than chance on its training images: train it longer before guiding with it"
     if until == tables["train"]["t"][-1]:
         return "the guide sees the class at every noise level"
-    return f"the guide sees the class up to about t = {until}: --set 'synth.guidance_interval=[0, {until}]' guides there alone"
+    return f"the guide sees the class up to about t = {until}: --set 'synth.guidance_interval=[0,{until}]' guides there alone"
 
 
 def _log_probs(guide: Guide, images: ImageSet, schedule: Schedule, t: int, seed: int, batch_size: int) -> Values:

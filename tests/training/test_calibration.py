@@ -165,7 +165,7 @@ def tables(until: int | None) -> dict[str, dict[str, Any]]:
 
 
 def test_the_advice_is_the_training_images_and_names_the_setting() -> None:
-    assert "synth.guidance_interval=[0, 400]" in advice(tables(400))
+    assert "synth.guidance_interval=[0,400]" in advice(tables(400))
     assert "every noise level" in advice(tables(999))
     assert "longer" in advice(tables(None))
 

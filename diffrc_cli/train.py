@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,8 @@ def train(
     guide = store.read_json(folder.stage("guide") / calibration.TABLE)
     console.table("The guide by noise level, %", calibration.COLUMNS, calibration.rows(guide))
     console.prose(calibration.advice(guide))
+    if "tensorboard" in (log or ()):
+        console.say(f"figures: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}")
     console.say(f"run: {path}")
     console.say(f"next: diffrc export{_run_option(folder)}")
 

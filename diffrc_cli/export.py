@@ -36,8 +36,7 @@ def export(
 ) -> None:
     """Export the trained U-Net to ONNX and hold it to torch's numbers; a file that disagrees is not written (exit 6).
 
-    With --diffusers, write it as a folder of the diffusers library, a whole pipeline if it has no labels; a folder that is not empty
-    needs --force.
+    With --diffusers, write a folder of the diffusers library, a whole pipeline if without labels; one that is not empty needs --force.
 
     Example: diffrc export
     """

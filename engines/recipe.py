@@ -128,7 +128,6 @@ class StageSection(Section):
     shift_px: CountOrZero = 0  # random translation of up to this many pixels, border repeated
     precision: Literal["fp32", "bf16"] = "bf16"  # autocast; weights, EMA and losses stay fp32
     log_every_steps: Count = 50
-    sample_every_steps: CountOrZero = 5_000  # grid of samples as PNG; 0 = never
     save_every_steps: Count = 2_500
     max_nonfinite_steps: Count = 10  # skipped steps in a row before training stops
 
@@ -139,7 +138,13 @@ class StageSection(Section):
         return self
 
 
-class SourceSection(StageSection):
+class DiffusionStageSection(StageSection):
+    """What the two stages that train a diffusion model share."""
+
+    sample_every_steps: CountOrZero = 5_000  # grid of samples as PNG; 0 = never
+
+
+class SourceSection(DiffusionStageSection):
     """Stage 1, Eq. 5: the source model."""
 
     pretrained: Annotated[str, Field(pattern=r"^[^\x00]*$")] = ""  # a safetensors file of `diffrc import` to start from
@@ -149,7 +154,7 @@ class SourceSection(StageSection):
     label_dropout: Fraction = 0.1  # share of null labels when class_cond (classifier-free guidance)
 
 
-class TargetSection(StageSection):
+class TargetSection(DiffusionStageSection):
     """Stage 2, Eqs. 7-10: adaptation to the tail. `batch_size` is `groups x group_size`."""
 
     train_steps: Count = 20_000

@@ -51,7 +51,9 @@ ConfidenceOption = Annotated[
 ]
 TriesOption = Annotated[
     float | None,
-    typer.Option("--max-tries", metavar="X", help="Give up after X times N images and synth.max_bad more (exit 9).", show_default=False),
+    typer.Option(
+        "--max-tries", metavar="X", help="Give up after X times N images, those that are not finite aside (exit 9).", show_default=False
+    ),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to. Default: synth/ of the run.", show_default=False)]
 

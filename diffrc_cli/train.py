@@ -77,7 +77,7 @@ def train(
         console.say(f"{stage}: {f'trained {steps:,} steps' if steps else 'complete already'}")
     guide = store.read_json(folder.stage("guide") / calibration.TABLE)
     console.table("The guide by noise level, %", calibration.COLUMNS, calibration.rows(guide))
-    console.prose(calibration.advice(guide))
+    console.prose(calibration.advice(guide, settings.synth.guidance_interval))
     if "tensorboard" in (log or ()):
         console.say(f"figures: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}")
     console.say(f"run: {path}")

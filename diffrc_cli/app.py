@@ -108,7 +108,7 @@ def _tell(failure: Exception) -> int:
         console.error(failure.problem, failure.remedy)
         return 128 + failure.signal_number if isinstance(failure, Interrupted) else failure.exit_code
     if isinstance(failure, TyperException):
-        message = failure.format_message()
+        message = failure.format_message().replace(": Value error, ", ": ")  # pydantic's words for what follows anyway
         if message:  # else the help that a bare group prints has been shown already
             context = getattr(failure, "ctx", None)
             command = context.command_path if context else "diffrc"

@@ -54,7 +54,7 @@ def export(
 
     Engines share the ONNX file; each has a card of its own, and without it is not loaded.
 
-    With --diffusers, write it as a pipeline folder of the diffusers library; one that is not empty needs --force.
+    With --diffusers, write a folder of the diffusers library, a whole pipeline if without labels; one that is not empty needs --force.
 
     Example: diffrc export
     """

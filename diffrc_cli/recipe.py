@@ -142,13 +142,16 @@ def cost(
         stages = {part: {"operations": operations, "hours": hours(operations, tflops * 1e12)} for part, operations in parts.items()}
         console.emit_json({"recipe": name, "tflops": tflops, "share_of_peak": SHARE_OF_PEAK, "parts": stages})
         return
-    rows = [(part, f"{operations:.2g}", *(f"{h:.2g}" for h in hours(operations, tflops * 1e12))) for part, operations in parts.items()]
-    console.table("", ("part", "operations", "hours from", "to"), rows)
+    rows = [
+        (part, f"{operations:.2g}", *(console.duration(3600 * h) for h in hours(operations, tflops * 1e12)))
+        for part, operations in parts.items()
+    ]
+    console.table("", ("part", "operations", "takes from", "to"), rows)
     low, high = SHARE_OF_PEAK
     device = " (NVIDIA A100, dense bfloat16)" if tflops == 312 else ""
     console.prose(
-        f"Hours on a device of {tflops:g} TFLOP/s{device} if it reaches {low:.0%} to {high:.0%} of them, as a CPU did of its own: "
-        "an estimate, to choose by, not to publish."
+        f"Estimated for a device of {tflops:g} TFLOP/s{device} that reaches {low:.0%} to {high:.0%} of them, the share of its own peak "
+        "that a CPU was measured to reach: to choose by, not to publish."
     )
 
 

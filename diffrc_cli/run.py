@@ -8,6 +8,8 @@ from diffrc_cli import console
 from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, LogOption, NewRunOption, RecipeArgument, SetOption
 from diffrc_cli.train import estimating, recipe_of_run, show_forecast
 
+WARNINGS_SHOWN = 5  # of copies and classes that fell short; the report has them all
+
 
 def run(
     recipe: RecipeArgument = None,
@@ -60,6 +62,8 @@ def run(
         console.emit_json({"run": str(path), "synthesized": made, "evaluation": table.to_json(), "report": str(page)})
         return
     show(table)
+    for line in made["warnings"][:WARNINGS_SHOWN]:
+        console.note(f"warning: {line}")
     console.prose(verdict(table))
     console.say(f"report: {page}")
 

@@ -52,7 +52,9 @@ ConfidenceOption = Annotated[
 ]
 TriesOption = Annotated[
     float | None,
-    typer.Option("--max-tries", metavar="X", help="Make at most X N images to keep N; exit code 9 if too few.", show_default=False),
+    typer.Option(
+        "--max-tries", metavar="X", help="Give up after X times N images, those that are not finite aside (exit 9).", show_default=False
+    ),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to. Default: synth/ of the run.", show_default=False)]
 
@@ -162,6 +164,6 @@ def _too_few(short: Sequence[ClassYield]) -> YieldError:
     told = ", ".join(f"{shorten(c.name)} {c.kept} of {c.asked}" for c in short[:SHOWN])
     more = f" and {len(short) - SHOWN} more" if len(short) > SHOWN else ""
     worst = min(c.share or 0.0 for c in short)
-    looser = "a wider --distance-band or a lower --confidence goes with --out DIR"
+    looser = "a wider --distance-band or a lower --confidence, with another --out DIR, keeps more"
     tries = f"the same command with --max-tries {math.ceil(1.25 / worst)} adds to what is there; or " if worst > 0.01 else ""
     return YieldError(f"fewer images than asked for: {told}{more}", tries + looser)

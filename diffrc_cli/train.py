@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ def train(
     from engines.data.longtail import prepare
     from engines.errors import UsageError
     from engines.progress import silent
+    from engines.training import calibration
     from engines.training.distributed import joined
     from engines.training.sinks import open_sinks, require_packages
     from engines.training.stages import choose_device, train_run
@@ -73,6 +75,11 @@ def train(
         return
     for stage, steps in trained.items():
         console.say(f"{stage}: {f'trained {steps:,} steps' if steps else 'complete already'}")
+    guide = store.read_json(folder.stage("guide") / calibration.TABLE)
+    console.table("The guide by noise level, %", calibration.COLUMNS, calibration.rows(guide))
+    console.prose(calibration.advice(guide, settings.synth.guidance_interval))
+    if "tensorboard" in (log or ()):
+        console.say(f"figures: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}")
     console.say(f"run: {path}")
     console.say(f"next: diffrc export{_run_option(folder)}")
 

@@ -128,7 +128,6 @@ class StageSection(Section):
     shift_px: CountOrZero = 0  # random translation of up to this many pixels, border repeated
     precision: Literal["fp32", "bf16"] = "bf16"  # autocast; weights, EMA and losses stay fp32
     log_every_steps: Count = 50
-    sample_every_steps: CountOrZero = 5_000  # grid of samples as PNG; 0 = never
     save_every_steps: Count = 2_500
     max_nonfinite_steps: Count = 10  # skipped steps in a row before training stops
 
@@ -139,7 +138,13 @@ class StageSection(Section):
         return self
 
 
-class SourceSection(StageSection):
+class DiffusionStageSection(StageSection):
+    """What the two stages that train a diffusion model share."""
+
+    sample_every_steps: CountOrZero = 5_000  # grid of samples as PNG; 0 = never
+
+
+class SourceSection(DiffusionStageSection):
     """Stage 1, Eq. 5: the source model."""
 
     pretrained: Annotated[str, Field(pattern=r"^[^\x00]*$")] = ""  # a safetensors file of `diffrc import` to start from
@@ -149,7 +154,7 @@ class SourceSection(StageSection):
     label_dropout: Fraction = 0.1  # share of null labels when class_cond (classifier-free guidance)
 
 
-class TargetSection(StageSection):
+class TargetSection(DiffusionStageSection):
     """Stage 2, Eqs. 7-10: adaptation to the tail. `batch_size` is `groups x group_size`."""
 
     train_steps: Count = 20_000
@@ -297,7 +302,8 @@ class Recipe(Section):
             keys = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels")
             other = [key for key in keys if getattr(self.guide, key) != getattr(self.unet, key)]
             mistakes += [f'guide.init_from = "target" needs guide.{key} = {getattr(self.unet, key)}, as unet.{key}' for key in other]
-            for key, needed in (("num_heads", 0), ("resblock_updown", True), ("use_scale_shift_norm", True)):
+            fixed = {"num_heads": 0, "resblock_updown": True, "use_scale_shift_norm": True, "use_new_attention_order": False}
+            for key, needed in fixed.items():
                 if getattr(self.unet, key) != needed:
                     mistakes.append(f'guide.init_from = "target" needs unet.{key} = {str(needed).lower()}: a guide has no such option')
         if self.synth.batch_size > self.export.max_batch:
@@ -437,17 +443,19 @@ def _mistake(error: dict[str, Any]) -> str:
         section = Recipe.model_fields.get(str(error["loc"][0])) if len(error["loc"]) > 1 else None
         model = section.annotation if section else Recipe
         fields: Iterable[str] = getattr(model, "model_fields", {})
-        return f"unknown key {where!r}{_suggestion(str(error['loc'][-1]), fields)}"
+        return f"unknown key {where!r}{_suggestion(where, fields)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if isinstance(error.get("input"), dict) else f", not {json.dumps(error.get('input'), default=str)[:80]}"
     return f"{where}: {message}{given}" if where else message
 
 
-def _suggestion(key: str, fields: Iterable[str]) -> str:
-    """The sections that hold the key, else the nearest key of its own section."""
+def _suggestion(where: str, fields: Iterable[str]) -> str:
+    """The sections that hold the key, after what its own section holds that is much like it; else the nearest key of its own section."""
+    section, _, key = where.rpartition(".")
     homes = [name for name, field in Recipe.model_fields.items() if key in getattr(field.annotation, "model_fields", {})]
-    near = [f"{home}.{key}" for home in homes] or difflib.get_close_matches(key, list(fields), n=1, cutoff=0.5)
+    own = difflib.get_close_matches(key, list(fields), n=1, cutoff=0.6 if homes else 0.5)
+    near = [f"{section}.{name}" for name in own if section] + [f"{home}.{key}" for home in homes] if homes else own
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 

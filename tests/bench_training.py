@@ -1,11 +1,12 @@
 """`make bench`: a training step of two U-Nets, by our loop and a plain one, beside diffusers' UNet2DModel. Writes nothing.
 
-    python tests/bench_training.py [--tiny] [--repeats N] [--shape small]
+    python tests/bench_training.py [--tiny] [--repeats N] [--shape small] [--busy]
 
 Both loops train on the same images at the same batch size. Ours is the one of `diffrc train`: batches, both terms of the loss, clipping,
 AdamW, EMA, its checks; the plain one is what a script of thirty lines does: noise, mean squared error, AdamW. All arms of a shape and
 precision take one step a turn, turn by turn, after one turn that is not timed, so that a busy moment of the machine meets all of them;
-ratios are taken within a turn. `--tiny` shrinks the networks and the batch, to see that it runs.
+ratios are taken within a turn. `--tiny` shrinks the networks and the batch, to see that it runs. `--busy`, for a machine that
+others work on, counts processor seconds of one thread instead of the clock's: good for ratios, not for images a second.
 """
 
 from __future__ import annotations
@@ -165,20 +166,22 @@ def operations_of(shape: dict[str, Any], batch_size: int) -> float:
     return float(counter.get_total_flops()) * batch_size
 
 
-def seconds(step: Callable[[int], None], n: int) -> float:
-    began = time.perf_counter()
+def seconds(step: Callable[[int], None], n: int, clock: Callable[[], float]) -> float:
+    began = clock()
     step(n)
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def bench(name: str, shape: dict[str, Any], precision: str, batch_size: int, size: int, data: LongTail, repeats: int) -> None:
+def bench(
+    name: str, shape: dict[str, Any], precision: str, batch_size: int, size: int, data: LongTail, repeats: int, clock: Callable[[], float]
+) -> None:
     """Time all arms of a shape and precision, and print their table and ratios."""
     arms = arms_of(shape, precision, batch_size, data)
     steps = [*(arm.step for arm in arms), gemm(precision, size)]
     times: list[list[float]] = [[] for _ in steps]
     for turn in range(repeats + 1):
         for step, taken in zip(steps, times, strict=True):
-            spent = seconds(step, turn)
+            spent = seconds(step, turn, clock)
             taken += [spent] if turn else []
     spent_by = {(arm.loop, arm.network): taken for arm, taken in zip(arms, times, strict=False)}
     operations = operations_of(shape, batch_size)
@@ -208,13 +211,17 @@ def ratio_of(a: list[float], b: list[float]) -> str:
 def main(words: list[str]) -> None:
     tiny = "--tiny" in words
     repeats = int(words[words.index("--repeats") + 1]) if "--repeats" in words else 1 if tiny else 7
+    clock = time.perf_counter
+    if "--busy" in words:
+        torch.set_num_threads(1)
+        clock = time.process_time
     environment = store.environment()
     console.say(f"{environment['cpus']} CPUs, {torch.get_num_threads()} threads, torch {environment['packages']['torch']}, CPU")
     data = prepare(recipe_of("fp32", 8).data, None)
     chosen = [words[words.index("--shape") + 1]] if "--shape" in words else list(SHAPES)
     for name, shape in {"tiny": TINY}.items() if tiny else {name: SHAPES[name] for name in chosen}.items():
         for precision in ("fp32", "bf16"):
-            bench(name, shape, precision, 8 if tiny else 32, 256 if tiny else GEMM_SIZE, data, repeats)
+            bench(name, shape, precision, 8 if tiny else 32, 256 if tiny else GEMM_SIZE, data, repeats, clock)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def tiny_settings() -> tuple[str, ...]:
         "source.train_on=head",  # the paper's division of labor: the source knows the head, the target the tail
         "target.adapt_on=medium+few",
         *(f"{stage}.{key}" for stage in stages for key in ("train_steps=4", "batch_size=8", "warmup_steps=2", "save_every_steps=2")),
-        *(f"{stage}.{key}" for stage in stages for key in ("log_every_steps=1", "sample_every_steps=0")),
+        *(f"{stage}.log_every_steps=1" for stage in stages),
+        *(f"{stage}.sample_every_steps=0" for stage in ("source", "target")),
         "synth.steps=4",
         "synth.batch_size=4",
         "export.max_batch=8",

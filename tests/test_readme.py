@@ -23,17 +23,18 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = (  # a run of seconds: every stage, every file, no quality
     "data.image_size_px=8",
-    "unet.model_channels=16",
+    "unet.model_channels=32",  # what diffusers can hold
     "unet.channel_mult=[1, 2]",
     "unet.num_res_blocks=1",
     "unet.attention_resolutions=[4]",
-    "unet.num_head_channels=16",
+    "unet.num_head_channels=32",
     "guide.model_channels=16",
     "guide.channel_mult=[1, 2]",
     "guide.attention_resolutions=[4]",
     "guide.num_head_channels=16",
     *(f"{stage}.{key}" for stage in ("source", "target", "guide") for key in ("train_steps=2", "batch_size=8", "precision=fp32")),
-    *(f"{stage}.{key}" for stage in ("source", "target", "guide") for key in ("save_every_steps=1", "sample_every_steps=0")),
+    *(f"{stage}.{key}" for stage in ("source", "target", "guide") for key in ("save_every_steps=1", "log_every_steps=1")),
+    *(f"{stage}.sample_every_steps=0" for stage in ("source", "target")),
     "synth.steps=2",
     "synth.fill_to=12",
     "recognizer.architecture=resnet8",

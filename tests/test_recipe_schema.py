@@ -217,6 +217,7 @@ def test_mistakes_across_keys_are_told_at_once_too() -> None:
         (["unet.num_heads=3"], "unet.num_heads 3 does not divide the 256 channels"),
         (["unet.model_channels=32", "unet.num_head_channels=32", "unet.use_scale_shift_norm=false"], "takes the time embedding out again"),
         (["guide.init_from=target"], "needs guide.model_channels = 128"),
+        (["guide.init_from=target", "unet.use_new_attention_order=true"], "needs unet.use_new_attention_order = false"),
         (["synth.guidance_scale=1.5"], "exceeds synth.guidance_scale_max 1"),
         (["synth.steps=10,501"], "a section of 500 timesteps cannot give 501"),
         (["synth.steps=ddim999"], "no whole stride through 1000 timesteps gives 999"),
@@ -235,6 +236,7 @@ def test_a_network_or_batch_that_cannot_be_built_is_refused(overrides: list[str]
         ("synth.guidence_scale", "'guidance_scale'"),
         ("recogniser", "'recognizer'"),
         ("tau", "'guide.tau'"),
+        ("source.steps", "'source.train_steps' or 'diffusion.steps' or 'synth.steps'"),
     ],
 )
 def test_an_unknown_key_names_the_right_one(key: str, meant: str) -> None:

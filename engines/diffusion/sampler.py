@@ -158,9 +158,7 @@ def ddim_step(schedule: Schedule, x: Tensor, j: Tensor, x0: Tensor, z: Tensor, e
     previous = at_positions(schedule.alphas_cumprod_prev, j)
     variance = eta**2 * at_positions(schedule.posterior_variance, j)
     eps = predict_eps(schedule, x, j, x0)
-    left = (at_positions(schedule.noise_variance_prev, j) - variance).clamp(
-        min=0
-    )  # 0 but for rounding, where eta = 1 and abar falls steeply
+    left = (at_positions(schedule.noise_variance_prev, j) - variance).clamp(min=0)  # rounding, where eta = 1 and abar falls steeply
     return previous.sqrt() * x0 + left.sqrt() * eps + variance.sqrt() * z
 
 

@@ -212,7 +212,8 @@ def _inspect_pickle(path: Path, file: IO[bytes]) -> None:
 
 def _unknown(name: str, known: Mapping[str, object]) -> UsageError:
     near = difflib.get_close_matches(name, known, n=1)
-    return UsageError(f"nothing was published as {name!r}", f"--config {near[0]}" if near else f"--config {_names(known)}")
+    remedy = f"--config {near[0]}" if near else "--config NAME, one of these"
+    return UsageError(f"nothing was published as {name!r}, only {_names(known)}", remedy)
 
 
 def _names(known: Mapping[str, object]) -> str:

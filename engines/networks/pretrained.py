@@ -257,4 +257,4 @@ def _opened(path: Path) -> Iterator[Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
-        raise DataError(f"cannot read {path}: {error}", "import it again") from None
+        raise DataError(f"cannot read {path}: {error}", _REMEDY) from None

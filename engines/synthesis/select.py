@@ -63,9 +63,8 @@ def look(guide: Guide, x: Tensor) -> Look:
 
 def class_band(features: Tensor) -> Band:
     """The band of a class's real images, features (N, D)."""
-    blocks = (
-        features[i : i + PAIRS_ROWS] for i in range(0, len(features), PAIRS_ROWS)
-    )  # differences, not products: these cancel where a guide has drawn a class together
+    blocks = (features[i : i + PAIRS_ROWS] for i in range(0, len(features), PAIRS_ROWS))
+    # Differences, not products: these cancel where a guide has drawn a class together.
     pairs = (torch.cdist(block, features, compute_mode="donot_use_mm_for_euclid_dist") for block in blocks)
     reach = max(float(distances.max()) for distances in pairs)
     return Band(features.mean(0), reach if reach > FEATURE_RESOLUTION else 0.0)

@@ -141,7 +141,7 @@ class Queue:
     def __init__(self, shelf: Shelf, wanted: Mapping[int, int], recipe: Recipe) -> None:
         self.batch_size = recipe.synth.batch_size
         tries = recipe.select.max_tries if select.is_on(recipe.select) else 1.0
-        self._last = {k: round(tries * n) + recipe.synth.max_bad for k, n in wanted.items()}
+        self._last = {k: round(tries * n) for k, n in wanted.items()}  # the index that is not tried any more
         self._taken = {k: set(shelf.images[k]) for k in wanted}
         self._next = dict.fromkeys(wanted, 0)
         self._rows: list[deque[ImageId]] = [deque() for _ in range(self.batch_size)]
@@ -153,8 +153,13 @@ class Queue:
                 if turn < lack:
                     self.add(k)
 
-    def add(self, class_id: int) -> None:
-        """Ask for one more image of a class; nothing where its tries are used up."""
+    def add(self, class_id: int, *, lost: bool = False) -> None:
+        """Ask for one more image of a class; nothing where its tries are used up.
+
+        Args:
+            lost: in place of one that was not finite, which is no try: `synth.max_bad` bounds those.
+        """
+        self._last[class_id] += lost
         taken = self._taken[class_id]
         index = self._next[class_id]
         while index in taken:

@@ -273,7 +273,7 @@ def _work(
                         made += kept
                         dropped += image.pixels is not None and not kept
                         if not kept:
-                            queue.add(image.image.class_id)
+                            queue.add(image.image.class_id, lost=image.pixels is None)
                 tell()
         finally:
             for batch in running.values():

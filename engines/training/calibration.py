@@ -47,6 +47,11 @@ def is_written(folder: Path) -> bool:
     return (folder / TABLE).exists() and (folder / PICTURE).exists()
 
 
+def forget(folder: Path) -> None:
+    """Take back that `write` has finished here, before the guide is trained on: killed after its last step, it must be judged anew."""
+    (folder / PICTURE).unlink(missing_ok=True)
+
+
 @torch.no_grad()
 def by_noise(guide: Guide, images: ImageSet, schedule: Schedule, seed: int, batch_size: int = 256) -> dict[str, Any]:
     """Accuracy and calibration of the guide on noised images.
@@ -152,14 +157,21 @@ def rows(tables: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def advice(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """One sentence on where to guide. From training images alone: test images choose nothing, not even a hint."""
+def advice(tables: Mapping[str, Mapping[str, Any]], interval: tuple[int, int]) -> str:
+    """One sentence on where to guide. From training images alone: test images choose nothing, not even a hint.
+
+    Args:
+        interval: timesteps in which the recipe guides, synth.guidance_interval.
+    """
     until = tables["train"]["trusted_until"]
     if until is None:
         return "the guide does no better than chance on its training images: train it longer before guiding with it"
     if until == tables["train"]["t"][-1]:
         return "the guide sees the class at every noise level"
-    return f"the guide sees the class up to about t = {until}: --set 'synth.guidance_interval=[0, {until}]' guides there alone"
+    seen = f"the guide sees the class up to about t = {until}"
+    if interval[1] <= until:
+        return f"{seen}, and the recipe guides there alone"
+    return f"{seen}: --set 'synth.guidance_interval=[{min(interval[0], until)},{until}]' guides there alone"
 
 
 def _log_probs(guide: Guide, images: ImageSet, schedule: Schedule, t: int, seed: int, batch_size: int) -> Values:

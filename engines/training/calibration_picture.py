@@ -55,13 +55,13 @@ def _curves(canvas: Canvas, tables: Mapping[str, Mapping[str, Any]], judge: Mapp
 
     chance = TOP + PLOT * (1 - judge["chance"])
     canvas.dashes(LEFT, right, chance, MUTED)
-    if judge["trusted_until"] is not None:
-        at = x(judge["trusted_until"])
+    trusted = tables["train"]["trusted_until"]  # as `advice` says it
+    if trusted is not None:
+        at = x(trusted)
         canvas.line([(at, TOP), (at, TOP + PLOT)], MUTED, 1)
         beyond = at > (LEFT + right) / 2
-        canvas.text(
-            at - 6 if beyond else at + 6, TOP + 10, f"halfway to chance: t = {judge['trusted_until']}", MUTED, 12, "rm" if beyond else "lm"
-        )
+        place, anchor = (at - 6, "rm") if beyond else (at + 6, "lm")
+        canvas.text(place, TOP + 10, f"halfway to chance on training images: t = {trusted}", MUTED, 12, anchor)
     for t in levels[:: max(1, len(levels) // 5)]:
         canvas.text(x(t), TOP + PLOT + 14, f"{t}", MUTED, 13, "mm")
     canvas.text((LEFT + right) / 2, TOP + PLOT + 34, "timestep t: more noise to the right", MUTED, 13, "mm")

@@ -20,6 +20,7 @@ from engines.recipe import GuideSection, Recipe, StageSection, UNetSection
 
 PREVIEW_STEPS = 25  # of the DDIM sampler behind the sample grids
 PREVIEW_IMAGES = 64
+PREVIEW_AT_ONCE = 16  # of them: the grid needs no more memory than training, be the images 256 px
 
 
 def architecture(recipe: Recipe, section: UNetSection | GuideSection) -> Architecture:
@@ -142,5 +143,11 @@ def preview(unet: UNet, schedule: Schedule, labels: Tensor | None, seed: int) ->
     device = schedule.betas.device
     noise = batch_noise([image_key(seed, -1, i) for i in range(PREVIEW_IMAGES)], 0, shape).to(device)
     y = labels.to(device).repeat(-(-PREVIEW_IMAGES // len(labels)))[:PREVIEW_IMAGES].sort().values if labels is not None else None
+    spaced = respace(schedule, min(PREVIEW_STEPS, len(schedule)))
+
+    def some(rows: slice) -> Tensor:
+        labels_of_rows = None if y is None else y[rows]
+        return sample(lambda x, t: unet(x, t, labels_of_rows), spaced, lambda _: noise[rows], sampler="ddim")
+
     with torch.no_grad():
-        return sample(lambda x, t: unet(x, t, y), respace(schedule, min(PREVIEW_STEPS, len(schedule))), lambda _: noise, sampler="ddim")
+        return torch.cat([some(slice(i, i + PREVIEW_AT_ONCE)) for i in range(0, PREVIEW_IMAGES, PREVIEW_AT_ONCE)])

@@ -9,6 +9,7 @@ Two processes end bit for bit as one with two micro-batches; in which order the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import os
 import re
@@ -72,10 +73,13 @@ class World:
             unit = section.group_size if isinstance(section, TargetSection) else 1
             if section.batch_size % (parts * unit):
                 of_groups = f" of whole groups of {unit}" if unit > 1 else ""
+                size = -(-section.batch_size // (parts * unit)) * parts * unit
+                fewer = [n for n in range(section.accumulate - 1, 0, -1) if section.batch_size % (self.size * n * unit) == 0]
+                same_batch = f"--set {name}.accumulate={fewer[0]}, or " if fewer else ""
                 raise UsageError(
                     f"{name}.batch_size {section.batch_size} has no {parts} equal parts{of_groups}: "
                     f"{self.size} processes, {name}.accumulate {section.accumulate}",
-                    f"--set {name}.batch_size={-(-section.batch_size // (parts * unit)) * parts * unit}, or another --nproc-per-node",
+                    f"{same_batch}--set {name}.batch_size={size}, or another --nproc-per-node",
                 )
 
     def rows(self, batch_size: int) -> slice:
@@ -173,4 +177,5 @@ def joined() -> Iterator[World]:
                 "another process of this training is gone", "the same command continues from the last checkpoint"
             ) from failure
         raise
+    gc.collect()  # a wrapped model lies in a reference cycle; alive when the interpreter ends, its threads abort the process now and then
     dist.destroy_process_group()

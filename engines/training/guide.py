@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,8 +79,7 @@ def warm_start(guide: Guide, recipe: Recipe, data: LongTail, device: torch.devic
     schedule, uniform = training_schedule(recipe, device), TimestepSampler("uniform", recipe.diffusion.steps)
     guide.to(device).eval()
     for k, members in enumerate(by_class(data.train.labels, len(data.counts))):
-        chosen = members[np.arange(min(WARM_START_IMAGES, len(members)))]
-        batch = draw(data.train, chosen, recipe.guide, recipe.seed, "guide/warm-start", k).to(device)
+        batch = draw(data.train, members[:WARM_START_IMAGES], recipe.guide, recipe.seed, "guide/warm-start", k).to(device)
         at = noised(schedule, batch, uniform(batch.u)[0])
         mean = guide(at.x, at.j).mean(0, keepdim=True)
         guide.prototypes[k] = mean[0] / mean.norm()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engines import store
 from engines.data.batches import ALL, Batch, drawn_ahead
-from engines.errors import Interrupted
+from engines.errors import Interrupted, StorageError
 from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report, silent
 from engines.recipe import StageSection
@@ -54,6 +54,7 @@ class Stage:
         after_step: sees the figures of the whole global batch, row by row in its order, and the weights after the optimizer. What it
             changes in buffers of `model` or `state` is undone where the step was not finite.
         sample: (N, C, H, W) images in [-1, 1] of the EMA model that it is given, after so many steps.
+        sample_every_steps: between two calls of `sample`; 0 = never.
         held_out: figures of the EMA model that it is given; "held_out" is the one that early stopping watches.
         held_out_every_steps: between two calls of `held_out`; it is called after the last step too.
         patience: evaluations without a new best after which the stage ends; its result is then the best EMA weights, here as at the
@@ -69,6 +70,7 @@ class Stage:
     loss: Callable[[Forward, Batch], tuple[Tensor, Figures]]
     after_step: Callable[[Mapping[str, Tensor], int], None] | None = None
     sample: Callable[[nn.Module, int], Tensor] | None = None
+    sample_every_steps: int = 0
     held_out: Callable[[nn.Module], Mapping[str, float]] | None = None
     held_out_every_steps: int = 1
     patience: int = 0
@@ -94,11 +96,15 @@ def train(
     Raises:
         Interrupted: after a signal; the step it came in is finished and saved, be it the last.
         NumericsError: after `max_nonfinite_steps` skipped steps in a row.
-        StorageError: from a checkpoint that cannot be written.
+        StorageError: from a checkpoint that cannot be written, or that not every process sees.
     """
     trainer = Trainer(stage, seed, device, world)
     found = store.load_checkpoint(folder)
     first = found.step if found else 0
+    if (newest := world.largest(first)) != first:  # asked of all: none writes here before every one has read
+        raise StorageError(
+            f"a process finds {folder} at step {first:,}, another at step {newest:,}", "put --run on a disk that all processes share"
+        )
     if found:
         trainer.load(found)
     if world.first:
@@ -188,7 +194,8 @@ class _Loop:
             self._log(done, self.trainer.figures(step, figures), held_out)
         else:
             self.report(self.stage.name, done, settings.train_steps, {})
-        if self.stage.sample and settings.sample_every_steps and done % settings.sample_every_steps == 0 and self.world.first:
+        every = self.stage.sample_every_steps
+        if self.stage.sample and every and done % every == 0 and self.world.first:
             self._sample(self.stage.sample, done)
         if saved:
             self._save(done)

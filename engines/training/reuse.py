@@ -44,6 +44,8 @@ def made_of(recipe: Recipe, stage: str, kept_sha256: str, pretrained_sha256: str
         values |= {f"{name}.{key}": value for key, value in table[name].items() if key not in skipped}
     if diffusion_model:
         values["source.pretrained"] = pretrained_sha256
+    else:
+        del values["diffusion.vlb_weight"], values["diffusion.timestep_sampler"]  # a guide has its own loss, and draws t uniformly
     if "target" in parts and not recipe.target.patience:
         del values["target.holdout_every_steps"]
     if _continues(table[stage]):

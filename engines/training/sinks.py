@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
-import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from engines import store
 from engines.errors import EngineError, UsageError
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
@@ -120,17 +121,21 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of that service, named as the run folder and resumed by that name; WANDB_MODE=offline keeps it on the disk."""
+    """A run of that service with the run folder's name; `wandb.json` there tells which one, so that it goes on from any machine.
+
+    WANDB_MODE=offline keeps it on the disk.
+    """
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
         self._wandb = wandb
-        name = run.absolute().name
+        note = run / "wandb.json"  # a name would not do: a folder made anew would go on with the curves of the one before
+        if not note.exists():
+            store.write_json(note, {"id": secrets.token_hex(8)})
+        own = str(store.read_json(note)["id"])
         try:
-            self._run = wandb.init(
-                project=PROJECT, id=re.sub(r"[^\w.-]", "-", name)[:64], name=name, resume="allow", dir=str(run), config=dict(config)
-            )
+            self._run = wandb.init(project=PROJECT, id=own, name=run.absolute().name, resume="allow", dir=str(run), config=dict(config))
         except Exception as failure:  # no account, no network: the package has an error class for each
             raise EngineError(f"wandb cannot start: {failure}", "wandb login, or WANDB_MODE=offline, or leave --log wandb out") from failure
         self._stages: set[str] = set()

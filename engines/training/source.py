@@ -52,6 +52,7 @@ def source_stage(recipe: Recipe, data: LongTail, unet: UNet, device: torch.devic
         loss,
         after_step=remember if sampler.kind == "loss-second-moment" else None,
         sample=samples,
+        sample_every_steps=settings.sample_every_steps,
         state=sampler,
     )
 

@@ -80,9 +80,10 @@ def train_run(
     target.load_state_dict(source.state_dict())  # theta_tar starts as theta_sou
     trained["target"] = train_stage(target_stage(recipe, data, source, target, device))
 
-    if recipe.guide.init_from == "target":
-        guides.take_encoder(guide, target)
-    guides.warm_start(guide, recipe, data, device)
+    if store.newest_state(run.stage("guide")) is None:
+        if recipe.guide.init_from == "target":
+            guides.take_encoder(guide, target)
+        guides.warm_start(guide, recipe, data, device)
     trained["guide"] = train_stage(guide_stage(recipe, data, guide, device))
     folder = run.stage("guide")
     if world.first and (trained["guide"] or not calibration.is_written(folder)):
@@ -163,11 +164,15 @@ def _set_in_order(run: RunFolder, data: LongTail, sizes: Mapping[str, int], tell
     """What one process does before training: class table, space, stale stages aside. Returns sha256 of the file source.pretrained."""
     run.keep_classes(data.table())
     pretrained_sha256 = reuse.pretrained_sha256(run.path, run.recipe)
+    if (file := run.recipe.source.pretrained) and not Path(file).exists():
+        tell(f"source.pretrained {file} is not there: it is taken to be the file that this run's source started from")
     plan = reuse.examine(run.path, run.recipe, data.kept_sha256, pretrained_sha256)
     for sentence in filter(None, (status.sentence(run.path) for status in plan)):
         tell(sentence)
     store.require_space(run.path, sum(bytes_to_write(run, status, sizes[status.name]) for status in plan))
     reuse.arrange(plan, run.path)
+    if not plan[-1].complete:
+        calibration.forget(run.stage("guide"))
     return pretrained_sha256
 
 

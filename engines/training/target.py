@@ -65,7 +65,7 @@ def target_stage(recipe: Recipe, data: LongTail, source: UNet, unet: UNet, devic
     def _pair_loss(
         x: Tensor, j: Tensor, eps_source: Tensor, eps_target: Tensor, group_class: Tensor, parts: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        groups = (-1, m, *x.shape[1:])
+        groups = (-1, m, *x.shape[1:])  # of whatever t was drawn: a row of Eq. 7 has no timestep of its own to be weighted by
         kl, entropy_source, entropy_target = pair_diversity_loss(
             predict_x0(schedule, x, j, eps_source).view(groups),  # (G, M, C, H, W)
             predict_x0(schedule, x, j, eps_target).view(groups),
@@ -99,6 +99,7 @@ def target_stage(recipe: Recipe, data: LongTail, source: UNet, unet: UNet, devic
         loss,
         after_step=remember if sampler.kind == "loss-second-moment" else None,
         sample=samples,
+        sample_every_steps=settings.sample_every_steps,
         held_out=held_out if len(held) else None,
         held_out_every_steps=settings.holdout_every_steps,
         patience=settings.patience,

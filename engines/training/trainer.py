@@ -156,7 +156,9 @@ class Trainer:
             "damaged_checkpoints": self.damaged_checkpoints,
         }
         if self.best:
-            state |= {"best_held_out": self.best_value, "best_step": self.best_step, "evaluations_since_best": self.misses}
+            state |= {"best_held_out": self.best_value, "best_step": self.best_step}
+        if self.stage.patience:
+            state["evaluations_since_best"] = self.misses
         if self.stopped_at is not None:
             state["stopped_at"] = self.stopped_at
         return Checkpoint(done, groups, state | dict(self.stage.identity))
@@ -181,7 +183,7 @@ class Trainer:
         self.damaged_checkpoints = int(state["damaged_checkpoints"]) + len(found.skipped)
         if self.best:
             self.best_value, self.best_step = float(state["best_held_out"]), int(state["best_step"])
-            self.misses = int(state["evaluations_since_best"])
+        self.misses = int(state.get("evaluations_since_best", 0))
         self.stopped_at = state.get("stopped_at")
 
     def _moments(self) -> dict[str, Tensor]:

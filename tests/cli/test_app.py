@@ -128,8 +128,8 @@ def test_a_typed_failure_is_two_lines_and_its_own_exit_code(
 
 
 def test_every_kind_of_failure_has_an_exit_code_of_its_own() -> None:
-    assert sorted({kind.exit_code for kind in FAILURES}) == [1, 2, 3, 4, 5, 6, 7, 8, 130]
-    assert len(FAILURES) == 9
+    assert sorted({kind.exit_code for kind in FAILURES}) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 130]
+    assert len(FAILURES) == 10
 
 
 def test_an_interrupt_is_128_plus_its_signal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

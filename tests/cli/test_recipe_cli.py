@@ -82,7 +82,7 @@ def test_cost_says_on_what_device_and_that_it_is_an_estimate(capsys: Captured) -
     assert run("cost", "digits-lt", "--set", "source.train_steps=2000") == 0
     out = capsys.readouterr().out
     assert "312 TFLOP/s (NVIDIA A100, dense bfloat16)" in out
-    assert "an estimate" in out
+    assert "Estimated for a device" in out
     assert run("cost", "digits-lt", "--tflops", "0") == 2
 
 

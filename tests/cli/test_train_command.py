@@ -59,14 +59,15 @@ def test_a_local_recipe_is_taken_and_named(call: Caller, tiny_copy: Path) -> Non
     done = call()
     assert done.code == 0, done.err
     assert done.err.splitlines()[0] == "recipe: diffrc.toml"
-    assert done.out.splitlines() == [*COMPLETE, "run: runs/digits-lt", "next: diffrc export"]
+    told = done.out.splitlines()
+    assert told[:3] + told[-2:] == [*COMPLETE, "run: runs/digits-lt", "next: diffrc export"]
 
 
 def test_without_one_it_is_the_embedded_default_and_that_is_said(call: Caller, tiny_copy: Path, settings: list[str]) -> None:
     done = call(*settings)
     assert done.code == 0, done.err
     assert done.err.splitlines()[0] == "recipe: digits-lt (embedded; a ./diffrc.toml would be taken instead)"
-    assert done.out.splitlines()[:4] == [*COMPLETE, "run: runs/digits-lt"]
+    assert done.out.splitlines()[:4] == [*COMPLETE, "The guide by noise level, %"]
 
 
 def test_a_run_that_exists_needs_no_recipe_and_is_continued(call: Caller, tiny_copy: Path) -> None:
@@ -75,7 +76,8 @@ def test_a_run_that_exists_needs_no_recipe_and_is_continued(call: Caller, tiny_c
     done = call("--run", "elsewhere")
     assert done.code == 0, done.err
     assert "recipe:" not in done.err
-    assert done.out.splitlines() == [*COMPLETE[:2], "guide: trained 4 steps", "run: elsewhere", "next: diffrc export --run elsewhere"]
+    told = done.out.splitlines()
+    assert told[:3] + told[-2:] == [*COMPLETE[:2], "guide: trained 4 steps", "run: elsewhere", "next: diffrc export --run elsewhere"]
     told = json.loads(call("--run", "elsewhere", "--json").out)
     assert told == {"run": "elsewhere", "trained_steps": {"source": 0, "target": 0, "guide": 0}}
 

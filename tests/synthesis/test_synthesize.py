@@ -362,11 +362,11 @@ def test_the_manifest_says_why_an_image_was_dropped_with_its_figures(choosy: Mak
 @settings(max_examples=10, deadline=None)
 def test_yields_add_up(figures: list[Figures], asked: int, make_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("yield") / "synth"
-    maker: Maker = make_maker("select.distance_band=1.0", "select.confidence=0.5", "select.max_tries=2.0", "synth.max_bad=1")
+    maker: Maker = make_maker("select.distance_band=1.0", "select.confidence=0.5", "select.max_tries=2.0")
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch, maker, dict(enumerate(figures)))
         (row,) = make_folder(folder, maker, {2: asked}).classes
-    tries = 2 * asked + 1
+    tries = 2 * asked
     made = next((i for i in range(asked, tries) if figures[:i].count(GOOD) == asked), tries)
     tried = figures[:made]
     assert (row.made, row.kept, row.rejected) == (made, tried.count(GOOD), made - tried.count(GOOD))

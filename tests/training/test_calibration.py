@@ -165,9 +165,11 @@ def tables(until: int | None) -> dict[str, dict[str, Any]]:
 
 
 def test_the_advice_is_the_training_images_and_names_the_setting() -> None:
-    assert "synth.guidance_interval=[0, 400]" in advice(tables(400))
-    assert "every noise level" in advice(tables(999))
-    assert "longer" in advice(tables(None))
+    assert "synth.guidance_interval=[0,400]" in advice(tables(400), (0, 10**9))
+    assert "synth.guidance_interval=[300,400]" in advice(tables(400), (300, 1000))
+    assert "alone" in advice(tables(400), (0, 400)) and "--set" not in advice(tables(400), (0, 400))
+    assert "every noise level" in advice(tables(999), (0, 400))
+    assert "longer" in advice(tables(None), (0, 400))
 
 
 def test_the_rows_hold_accuracy_of_both_splits_and_calibration_of_the_test_images() -> None:

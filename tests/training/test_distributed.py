@@ -252,7 +252,10 @@ def test_a_batch_that_cannot_be_cut_is_refused_with_a_size_that_can() -> None:
     assert "source.batch_size=28" in refusal.value.remedy
     with pytest.raises(UsageError, match=r"target.batch_size 24 has no 4 equal parts of whole groups of 4") as refusal:
         World(0, 4).require_fits(recipe("source.batch_size=24"))
-    assert "target.batch_size=32" in refusal.value.remedy
+    assert refusal.value.remedy.startswith("--set target.batch_size=32")
+    with pytest.raises(UsageError, match=r"source.batch_size 24 has no 16 equal parts") as refusal:
+        World(0, 2).require_fits(recipe("source.batch_size=24", "source.accumulate=8"))
+    assert refusal.value.remedy.startswith("--set source.accumulate=6, or --set source.batch_size=32"), "first what changes no batch"
 
 
 def odd() -> Any:

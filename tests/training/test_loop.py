@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import store
 from engines.data.batches import ALL, DRAWN_AHEAD, Batch, drawn_ahead, torch_generator
-from engines.errors import DataError, Interrupted, NumericsError
+from engines.errors import DataError, Interrupted, NumericsError, StorageError
 from engines.interrupt import catch_signals
 from engines.recipe import StageSection
-from engines.training.distributed import ALONE
+from engines.training.distributed import ALONE, World
 from engines.training.loop import Forward, Stage, is_complete, measure, result_of, train
 from engines.training.sinks import Sinks
 from engines.training.trainer import GuardedAdamW, Trainer, learning_rate
@@ -51,7 +51,6 @@ def settings(**changes: Any) -> StageSection:
         "weight_decay": 0.1,
         "precision": "fp32",
         "log_every_steps": 1,
-        "sample_every_steps": 0,
         "save_every_steps": 3,
         "max_nonfinite_steps": 3,
     }
@@ -350,8 +349,8 @@ def test_sample_grids_are_drawn_with_the_ema_weights_and_leave_training_alone(tm
         assert step in (2, 4, 6)
         return torch.zeros(16, 1, 8, 8)
 
-    stage = toy(sample_every_steps=2, save_every_steps=2)
-    train(replace(stage, sample=sample), tmp_path / "grids", 0, CPU)
+    stage = toy(save_every_steps=2)
+    train(replace(stage, sample=sample, sample_every_steps=2), tmp_path / "grids", 0, CPU)
     train(toy(), tmp_path / "whole", 0, CPU)
     assert_same_end(tmp_path / "whole", tmp_path / "grids")
     assert sorted(p.name for p in (tmp_path / "grids" / "samples").iterdir()) == [f"{step:09d}.png" for step in (2, 4, 6)]
@@ -631,7 +630,7 @@ def test_sinks_are_given_the_figures_and_the_grids(tmp_path: Path) -> None:
             raise AssertionError("whoever opened a sink closes it")
 
     memory = Memory()
-    stage = replace(toy(sample_every_steps=3), sample=lambda _model, _step: torch.zeros(16, 1, 8, 8))
+    stage = replace(toy(), sample=lambda _model, _step: torch.zeros(16, 1, 8, 8), sample_every_steps=3)
     train(stage, tmp_path, 0, CPU, sinks=Sinks({"memory": memory}))
     lines = store.read_json_lines(tmp_path / "metrics.jsonl")
     assert [{"step": step, **figures} for _, step, figures in memory.figures] == lines
@@ -656,3 +655,14 @@ def test_no_steps_are_a_stage_whose_result_is_its_start(tmp_path: Path) -> None:
         assert found is not None
         assert found.step == 0
         assert all(torch.equal(value, start[name]) for name, value in found.groups["ema"].items())
+
+
+def test_a_process_that_sees_another_checkpoint_than_the_others_does_not_train_beside_them(tmp_path: Path) -> None:
+    class Behind(World):
+        def largest(self, value: int) -> int:
+            return value + 3
+
+    with pytest.raises(StorageError, match=r"at step 0, another at step 3") as refused:
+        train(toy(), tmp_path, 0, CPU, world=Behind())
+    assert "a disk that all processes share" in refused.value.remedy
+    assert not list(tmp_path.iterdir())

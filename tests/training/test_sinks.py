@@ -76,15 +76,19 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, run: FakeRun, options: dict[str,
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
-def test_wandb_is_told_each_stages_own_steps_and_resumes_by_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_told_each_stages_own_steps_and_resumes_the_run_of_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, options = FakeRun(), {}
     fake_wandb(monkeypatch, run, options)
     sinks = open_sinks(["wandb"], tmp_path / "my run", {"seed": 3}, print)
     sinks.write("source", 50, {"loss": 0.5})
     sinks.image("source", 50, PNG)
     sinks.close()
-    assert {key: options[key] for key in ("id", "name", "resume", "config")} == {
-        "id": "my-run",
+    first = options["id"]
+    open_sinks(["wandb"], tmp_path / "my run", {"seed": 3}, print)
+    assert options["id"] == first
+    open_sinks(["wandb"], tmp_path / "another" / "my run", {"seed": 3}, print)
+    assert options["id"] != first
+    assert {key: options[key] for key in ("name", "resume", "config")} == {
         "name": "my run",
         "resume": "allow",
         "config": {"seed": 3},

@@ -215,6 +215,17 @@ def test_both_models_are_given_the_same_images_and_timesteps_in_groups_of_one_ta
     assert len(given["source"][1].unique()) > 2  # t is drawn per image
 
 
+@pytest.mark.parametrize(("train_on", "knows"), [("head", False), ("all", True)])
+def test_the_source_is_asked_for_no_label_that_it_never_saw(train_on: str, knows: bool, recipe: Recipe) -> None:
+    recipe = changed(changed(changed(recipe, "unet", class_cond=True), "source", train_on=train_on), "target", label_dropout=0.0)
+    frozen, unet = two_models(recipe)
+    given: list[Tensor] = []
+    frozen.register_forward_pre_hook(lambda _m, inputs: given.append(inputs[2]))
+    stage = target_stage(recipe, tail(), frozen, unet, CPU)
+    stage.loss(stage.model, batch := stage.draw(0))
+    assert given[0].tolist() == (batch.y.tolist() if knows else [4] * len(batch))
+
+
 def test_equation_10_is_l_base_plus_lambda_l_pair(recipe: Recipe) -> None:
     totals = {}
     for weight in (0.0, 0.5, 2.0):

@@ -27,7 +27,7 @@ from engines.data.longtail import LongTail, prepare
 from engines.errors import ConflictError, DataError, EngineError, NumericsError, StorageError, UsageError
 from engines.networks import pretrained
 from engines.recipe import Recipe, load, read
-from engines.training import diffusion, loop, stages
+from engines.training import calibration, diffusion, loop, stages
 from engines.training import guide as guides
 from engines.training.stages import choose_device, load_guide, load_unet, train_run
 
@@ -194,6 +194,27 @@ def test_a_stage_of_more_steps_goes_on_and_ends_as_one_that_was_asked_for_them_a
     assert ours == theirs
 
 
+def test_a_guide_that_was_trained_on_and_killed_before_it_was_judged_is_judged_at_the_next_train(
+    tiny_copy: Path, data: LongTail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    fast = ("guide.lr_decay=none", "guide.lr=0.01", "guide.warmup_steps=0")
+    train_run(with_settings(tiny_copy, *fast), data, CPU)
+    table = tiny_copy / "guide" / calibration.TABLE
+    before, longer = table.read_bytes(), with_settings(tiny_copy, *fast, "guide.train_steps=6")
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(longer, data, CPU)
+    assert train_run(longer, data, CPU) == {"source": 0, "target": 0, "guide": 0}
+    assert table.read_bytes() != before
+    written = table.stat().st_mtime_ns
+    train_run(longer, data, CPU)
+    assert table.stat().st_mtime_ns == written
+
+
 def test_a_stale_stage_is_not_read_back_and_the_remedy_is_to_train(tiny_copy: Path) -> None:
     run = with_settings(tiny_copy, "guide.tau=0.1")
     load_unet(run)
@@ -233,7 +254,9 @@ def test_a_pretrained_source_of_no_steps_is_its_file_and_the_target_goes_on_from
     assert weights_sha256(load_unet(run, "source")) == weights_sha256(trained)
     assert weights_sha256(load_unet(run)) == weights_sha256(load_unet(store.open_run(tiny_run)))
     file.unlink()
-    assert train_run(run, data, CPU) == {"source": 0, "target": 0, "guide": 0}
+    told.clear()
+    assert train_run(run, data, CPU, tell=told.append) == {"source": 0, "target": 0, "guide": 0}
+    assert told == [f"source.pretrained {file} is not there: it is taken to be the file that this run's source started from"]
     longer = with_settings(run.path, "source.train_steps=2", "source.lr_decay=none")
     with pytest.raises(DataError, match=r"weights\.safetensors"):  # it would train anew, from a file that is gone
         train_run(longer, data, CPU)

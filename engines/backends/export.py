@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +19,20 @@ from engines.backends.base import (
     Engine,
     EngineCard,
     EngineFile,
-    Precision,
     example_input,
     package_versions,
     read_engine,
-    relative_error,
     self_test_batch,
     thinned,
     weights_sha256,
     write_engine,
 )
 from engines.backends.choice import BUILDS, Build
+from engines.backends.gate import limits_of, ms_per_image, one_step_error, trajectory_psnr_db, trajectory_steps
 from engines.backends.onnx_file import serialized, to_onnx
 from engines.backends.ort_engine import OUTPUT, input_names
 from engines.backends.torch_engine import TorchEngine
-from engines.diffusion.noise import batch_noise, image_key
-from engines.diffusion.sampler import sample
-from engines.diffusion.schedule import Schedule, make_schedule, respace
+from engines.diffusion.schedule import Schedule, make_schedule
 from engines.errors import EngineError, NumericsError, ParityError
 from engines.networks.unet import UNet, parameter_count
 from engines.progress import Report, silent
@@ -48,10 +44,6 @@ EXPORTERS = ("torch", "onnx", "onnxscript")
 RUNTIMES = {"onnx": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}  # packages, by kind of engine
 EXAMPLE_BATCH = 7  # equal to no other size in the network, or the exporter ties the two together
 MAX_FILE_BYTES = 2**31 - 1  # of one protobuf message
-TRAJECTORY_STEPS = 50
-TRAJECTORY_IMAGES = 4
-MAX_PSNR_DB = 200.0  # what equal images are given
-TIMED_TURNS = 3
 
 
 def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = silent, builds: Sequence[Build] = ()) -> list[EngineCard]:
@@ -163,7 +155,7 @@ def export_onnx(
     if not (error <= limits.one_step_tolerance and psnr >= limits.trajectory_psnr_db):  # also where one is not a number
         raise ParityError(
             f"{path.name} on {build} disagrees with torch: relative error {error:.2g} of one evaluation, "
-            f"{limits.one_step_tolerance:.2g} allowed; {psnr:.1f} dB after {_steps(schedule)} steps of DDIM, "
+            f"{limits.one_step_tolerance:.2g} allowed; {psnr:.1f} dB after {trajectory_steps(schedule)} steps of DDIM, "
             f"at least {limits.trajectory_psnr_db:.1f} dB asked for; nothing was written",
             f"report it, or loosen export.{limits.prefix}one_step_tolerance or export.{limits.prefix}trajectory_psnr_db",
         )
@@ -190,22 +182,6 @@ def _require_twin(file: EngineFile, path: Path, settings: ExportSection, referen
         )
 
 
-class Limits(NamedTuple):
-    """How far an engine may be from torch."""
-
-    one_step_tolerance: float  # relative L2 of one evaluation
-    trajectory_psnr_db: float
-    prefix: str = ""  # of the recipe's keys
-
-
-def limits_of(settings: ExportSection, precision: Precision) -> Limits:
-    """The recipe's limits for a precision."""
-    if precision == "bf16":
-        return Limits(settings.bf16_one_step_tolerance, settings.bf16_trajectory_psnr_db, "bf16_")
-    assert precision == "fp32", precision
-    return Limits(settings.one_step_tolerance, settings.trajectory_psnr_db)
-
-
 def onnx_bytes(unet: UNet, card: EngineCard, recipe_sha256: str = "") -> bytes:
     """The network as one self-contained ONNX file with its provenance as metadata. Raises EngineError."""
     size = 4 * (parameter_count(unet) + card.timesteps * 4 * unet.architecture.model_channels)
@@ -216,50 +192,6 @@ def onnx_bytes(unet: UNet, card: EngineCard, recipe_sha256: str = "") -> bytes:
     model = to_onnx(_Graph(unet, card.timesteps), inputs, [OUTPUT], card.opset)
     provenance = {"recipe_sha256": recipe_sha256, "weights_sha256": card.weights_sha256, "timesteps": str(card.timesteps)}
     return serialized(model, provenance)
-
-
-def one_step_error(engine: Engine, reference: Engine, batch: int = 1) -> float:
-    """The largest relative L2 error of an image, over small, middle and large t and batches of 1, 2, `batch` and the largest."""
-    card, worst = engine.card, 0.0
-    for size in sorted({1, min(2, card.max_batch), batch, card.max_batch}):
-        for first_t in (0, card.timesteps // 2, card.timesteps - 1):
-            x, t, y = example_input(card, size, first_t)
-            for found, expected in zip(engine(x, t, y), reference(x, t, y), strict=True):
-                error = relative_error(found, expected)
-                worst = error if not error <= worst else worst  # keeps a NaN
-                if worst != worst:
-                    return worst
-    return worst
-
-
-def trajectory_psnr_db(engine: Engine, reference: Engine, schedule: Schedule) -> float:
-    """PSNR of the worst image after 50 steps of DDIM from the same noise; images are in [-1, 1], so the peak is 2."""
-    short = respace(schedule, _steps(schedule))
-    noise = batch_noise([image_key(0, 1, i) for i in range(min(TRAJECTORY_IMAGES, engine.card.max_batch))], 0, engine.card.shape)
-    _, _, y = example_input(engine.card, len(noise), 0)
-
-    def images(runner: Engine) -> Tensor:
-        return sample(lambda x, t: runner(x, t, y), short, lambda step: noise.clone(), sampler="ddim")
-
-    error = (images(engine) - images(reference)).square().flatten(1).mean(1)  # (B,)
-    worst = float((10 * (4 / error.clamp(min=1e-30)).log10()).min())
-    return min(worst, MAX_PSNR_DB)
-
-
-def ms_per_image(engines: Sequence[Engine], batch: int) -> list[float]:
-    """Milliseconds of one evaluation divided by its images: medians, the engines taking turns after one that is not timed."""
-    times: list[list[float]] = [[] for _ in engines]
-    for turn in range(TIMED_TURNS + 1):
-        for engine, spent in zip(engines, times, strict=True):
-            x, t, y = example_input(engine.card, batch, engine.card.timesteps // 2)
-            started = time.perf_counter()
-            engine(x, t, y)
-            spent += [time.perf_counter() - started] if turn else []
-    return [1000 * statistics.median(spent) / batch for spent in times]
-
-
-def _steps(schedule: Schedule) -> int:
-    return min(TRAJECTORY_STEPS, len(schedule))
 
 
 class _Graph(nn.Module):

@@ -178,9 +178,9 @@ def test_the_psnr_of_a_known_error_is_its_closed_form(exported: Any) -> None:
             abar = exported.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
             return (x - abar.sqrt() * self.offset) / (1 - abar).sqrt()
 
-    psnr = export.trajectory_psnr_db(Constant(0.02), Constant(0.0), exported.schedule)
+    psnr = gate.trajectory_psnr_db(Constant(0.02), Constant(0.0), exported.schedule)
     assert psnr == pytest.approx(40.0, abs=0.01)  # 10 log10(2^2 / 0.02^2)
-    assert export.trajectory_psnr_db(Constant(0.0), Constant(0.0), exported.schedule) == export.MAX_PSNR_DB
+    assert gate.trajectory_psnr_db(Constant(0.0), Constant(0.0), exported.schedule) == gate.MAX_PSNR_DB
 
 
 def test_one_evaluation_is_checked_at_small_middle_and_large_t_and_at_batches_one_two_and_the_largest(exported: Any) -> None:
@@ -193,7 +193,7 @@ def test_one_evaluation_is_checked_at_small_middle_and_large_t_and_at_batches_on
             seen.append((len(x), int(t[0])))
             return x
 
-    assert export.one_step_error(Spy(), Spy()) == 0
+    assert gate.one_step_error(Spy(), Spy()) == 0
     assert set(seen) == {(batch, t) for batch in (1, 2, 8) for t in (0, 25, 49)}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.backends import choice, export
+from engines.backends import choice, export, gate
 from engines.backends.base import Engine, EngineFile
 from engines.backends.choice import BUILDS, Build
 from engines.backends.openvino_engine import MAX_OPSET
@@ -76,7 +76,7 @@ def test_a_sabotaged_engine_of_any_kind_is_not_published_and_its_numbers_are_tol
 def test_an_engine_that_agrees_is_published_with_its_precisions_limit_and_its_speed(build: Build, exported: Any, tmp_path: Path) -> None:
     path = tmp_path / "target.onnx"
     card = export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, exported.path.read_bytes())
-    limits = export.limits_of(exported.settings, build.precision)
+    limits = gate.limits_of(exported.settings, build.precision)
     assert (card.kind, card.precision, card.tolerance) == (*build, limits.one_step_tolerance)
     assert 0 < card.one_step_error <= limits.one_step_tolerance
     assert card.trajectory_psnr_db >= limits.trajectory_psnr_db
@@ -120,7 +120,7 @@ def test_the_batch_of_synthesis_is_checked_beside_one_two_and_the_largest(export
             seen.add(len(x))
             return x
 
-    export.one_step_error(Spy(), Spy(), 5)
+    gate.one_step_error(Spy(), Spy(), 5)
     assert seen == {1, 2, 5, 8}
 
 

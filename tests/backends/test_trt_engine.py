@@ -27,7 +27,8 @@ from torch import Tensor
 
 from engines.backends import trt_engine
 from engines.backends.base import EngineCard, EngineFile, card_path, example_input, read_engine, relative_error, thinned
-from engines.backends.export import one_step_error, onnx_bytes, trajectory_psnr_db
+from engines.backends.export import onnx_bytes
+from engines.backends.gate import one_step_error, trajectory_psnr_db
 from engines.backends.torch_engine import TorchEngine
 from engines.backends.trt_engine import Batches, CudaDevice, Gpu, PlanCard, TrtEngine, build_plan, current, make_plan, read_plan, wanted
 from engines.errors import DataError, DiffRCError, EngineError, ParityError

@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from engines import store
-from engines.backends import export, onnx_file
+from engines.backends import export, gate, onnx_file
 from engines.backends.base import EngineCard, card_path, example_input, read_engine, relative_error
 from engines.backends.ort_engine import OrtEngine
 from engines.backends.torch_engine import TorchEngine

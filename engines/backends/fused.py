@@ -24,15 +24,7 @@ from engines.backends.gradient import PACKAGES, GradientCard
 from engines.backends.graphs import Runtime, open_graph
 from engines.backends.onnx_file import serialized, to_onnx
 from engines.backends.ort_engine import OUTPUT
-from engines.diffusion.guidance import (
-    EVERYWHERE,
-    ClassGradient,
-    GradientNorm,
-    LogProbs,
-    class_gradient,
-    prototype_guidance,
-    within,
-)
+from engines.diffusion.guidance import ClassGradient, GradientNorm, LogProbs, class_gradient, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import (
     Denoiser,
@@ -162,17 +154,16 @@ class FusedEngine:
             assert value.shape == (batch,) and value.dtype == torch.int64 and int(value.min()) >= 0 and int(value.max()) < limit
         return Stepped(*self._graph({"x": x, "t": t, "y": y, "z": z, "schedule": schedule}))
 
-    def bind(self, schedule: Schedule, y: Tensor, eta: float = 0.0, interval: tuple[int, int] = EVERYWHERE) -> GuidedStep:
-        """The step as a sampler calls it; None outside the interval, where a plain network costs less.
+    def bind(self, schedule: Schedule, y: Tensor, eta: float = 0.0) -> GuidedStep:
+        """The step as a sampler calls it, in the timesteps in which guidance acts.
 
         Args:
             y: (B,) int64 classes asked for.  eta: of ddim.
         """
         rows = schedule_rows(schedule, eta)
 
-        def guided_step(x: Tensor, j: Tensor, z: Tensor) -> Stepped | None:
-            t = schedule.timesteps[j]
-            return self(x, t, y, z, rows[j]) if within(interval, t) else None
+        def guided_step(x: Tensor, j: Tensor, z: Tensor) -> Stepped:
+            return self(x, schedule.timesteps[j], y, z, rows[j])
 
         return guided_step
 

@@ -20,8 +20,6 @@ ClassGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 GradientNorm = Literal["rms", "linf", "l2", "none"]
 
-EVERYWHERE = (0, 10**9)
-
 
 def class_gradient(log_probs: LogProbs, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """grad_x log p(y | x_t), (B, C, H, W), and log p(. | x_t), (B, K), both detached and float32."""
@@ -64,7 +62,6 @@ def prototype_guidance(
     scale_rule: Literal["entropy", "fixed"] = "entropy",
     gradient_norm: GradientNorm = "rms",
     direction: Literal["toward", "away"] = "toward",
-    interval: tuple[int, int] = EVERYWHERE,
     gradient: ClassGradient | None = None,
 ) -> Guidance:
     """The guidance term of Eq. 13, s grad* log p~(y | x_t), as a function that a sampler calls once a step.
@@ -74,13 +71,12 @@ def prototype_guidance(
 
     Args:
         y: (B,) int64 classes asked for.
-        interval: training timesteps (first, last) in which guidance acts; outside it costs nothing.
         gradient: an engine that computes what autograd would by way of `log_probs`, which is then not called.
     """
     sign = 1.0 if direction == "toward" else -1.0
 
     def guidance(x: Tensor, t: Tensor) -> Push | None:
-        if scale == 0 or not within(interval, t):
+        if scale == 0:
             return None
         slope, all_classes = gradient(x, t, y) if gradient else class_gradient(log_probs, x, t, y)
         s = entropy_scale(all_classes, scale, scale_max) if scale_rule == "entropy" else torch.full_like(all_classes[:, 0], scale)
@@ -90,9 +86,7 @@ def prototype_guidance(
     return guidance
 
 
-def classifier_free(
-    with_label: Denoiser, without: Denoiser, scale: float, channels: int, interval: tuple[int, int] = EVERYWHERE
-) -> Denoiser:
+def classifier_free(with_label: Denoiser, without: Denoiser, scale: float, channels: int) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022) as a denoiser, for a conditional network and w = scale:
 
         eps <- (1 + w) eps(x_t, t, y) - w eps(x_t, t, null)
@@ -102,21 +96,13 @@ def classifier_free(
     Args:
         with_label, without: the network with y bound, and with the null label.
         channels: C of the image; what the network gives beyond are variance values.
-        interval: as in `prototype_guidance`; outside it the label's eps stands alone.
     """
     if not scale:
         return with_label
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         conditional = with_label(x, t)
-        if not within(interval, t):
-            return conditional
         eps = (1 + scale) * conditional[:, :channels] - scale * without(x, t)[:, :channels]
         return torch.cat([eps, conditional[:, channels:]], 1)
 
     return guided
-
-
-def within(interval: tuple[int, int], t: Tensor) -> bool:
-    """Whether guidance acts at t (B,), the same for all images."""
-    return interval == EVERYWHERE or interval[0] <= int(t[0]) <= interval[1]  # reading t waits for the device

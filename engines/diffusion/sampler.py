@@ -28,7 +28,7 @@ class Push(NamedTuple):
 
 
 Guidance = Callable[[Tensor, Tensor], Push | None]
-"""(x, t) -> the push, or None where guidance is off at this t."""
+"""(x, t) -> the push, or None where guidance is off. Not by the value of t, which would wait for the device: see `sample`'s interval."""
 
 
 class Stepped(NamedTuple):
@@ -41,10 +41,12 @@ class Stepped(NamedTuple):
 
 
 GuidedStep = Callable[[Tensor, Tensor, Tensor], Stepped | None]
-"""(x, positions j (B,), z) -> one step of ddpm or ddim with its guidance, or None where guidance is off at this t."""
+"""(x, positions j (B,), z) -> one step of ddpm or ddim with its guidance, or None where it leaves the step to the sampler."""
 
 Noise = Callable[[int], Tensor]
 """step -> (B, C, H, W) standard normal; step 0 is x_T, step i >= 1 the noise of the i-th evaluation."""
+
+EVERYWHERE = (0, 10**9)
 
 
 class StepLog(NamedTuple):
@@ -72,6 +74,8 @@ def sample(
     clip_denoised: bool = True,
     log: Callable[[StepLog], None] | None = None,
     guided_step: GuidedStep | None = None,
+    interval: tuple[int, int] = EVERYWHERE,
+    plain: Denoiser | None = None,
 ) -> Tensor:
     """Run the reverse process of `schedule` from x_T = noise(0).
 
@@ -83,6 +87,10 @@ def sample(
         eta: of ddim.  step_unit: of ddpm.
         log: called after each step, so that it can stop the run by raising.
         guided_step: an engine that makes steps of ddpm or ddim whole; asked first, `denoise` and `guidance` only where it gives None.
+        interval: training timesteps (first, last) in which guidance acts; outside, neither `guidance` nor `guided_step` is asked.
+        plain: what takes the place of a `denoise` that guides by itself outside the interval.
+
+    Nothing in a step reads a value of a tensor, so that a device can be given the next step before it has done the last.
 
     Returns: (B, C, H, W) float32, in [-1, 1] where clip_denoised.
     """
@@ -94,14 +102,15 @@ def sample(
         j = torch.full((len(x),), position, device=x.device)
         t = schedule.timesteps[j]
         z = noise(step) if draws and position else torch.zeros_like(x)  # the last step adds none
-        stepped = guided_step(x, j, z) if guided_step else None
+        guided_here = within(interval, timesteps[position])
+        stepped = guided_step(x, j, z) if guided_step and guided_here else None
         if stepped:
             x = stepped.x
             if log:
                 log(StepLog(timesteps[position], *(figure.mean() for figure in stepped[1:])))
             continue
-        output = denoise(x, t).float()
-        push = guidance(x, t) if guidance else None
+        output = (denoise if guided_here or not plain else plain)(x, t).float()
+        push = guidance(x, t) if guidance and guided_here else None
         gradient = push.gradient if push else torch.zeros_like(x)
         if sampler == "ddpm":
             x, guided, random = ddpm_step(schedule, x, j, output, gradient, z, step_unit, clip_denoised)
@@ -117,6 +126,11 @@ def sample(
         if log:
             log(_figures(timesteps[position], guided, random, push))
     return clipped(x, clip_denoised)
+
+
+def within(interval: tuple[int, int], t: int) -> bool:
+    """Whether guidance acts at a training timestep."""
+    return interval[0] <= t <= interval[1]
 
 
 def ddpm_step(

@@ -21,7 +21,7 @@ from engines.backends.export import RUNTIMES, onnx_path
 from engines.backends.torch_engine import TorchEngine
 from engines.data.batches import to_pixels, to_tensor
 from engines.data.decode import Pixels
-from engines.diffusion.guidance import EVERYWHERE, classifier_free, prototype_guidance
+from engines.diffusion.guidance import classifier_free, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import Denoiser, StepLog, sample
 from engines.diffusion.schedule import Schedule, make_schedule, respace
@@ -78,7 +78,7 @@ class Maker:
         keys = [image_key(synth.seed, image.class_id, image.index) for image in rows]
         with torch.no_grad():
             x = sample(
-                denoiser(self.engine, y, synth.classifier_free_scale, synth.guidance_interval),
+                denoiser(self.engine, y, synth.classifier_free_scale),
                 self.schedule,
                 lambda step: batch_noise(keys, step, self.engine.card.shape),
                 self._guidance(y),
@@ -87,6 +87,8 @@ class Maker:
                 synth.step_unit,
                 synth.clip_denoised,
                 log,
+                interval=synth.guidance_interval,
+                plain=denoiser(self.engine, y),
             )  # (B, C, H, W)
         finite = torch.isfinite(x).flatten(1).all(1).tolist()
         pixels = to_pixels(torch.where(torch.isfinite(x), x, 0.0))
@@ -117,7 +119,6 @@ class Maker:
             synth.scale_rule,
             synth.gradient_norm,
             synth.direction,
-            synth.guidance_interval,
         )
 
 
@@ -169,15 +170,13 @@ def _engine(run: RunFolder, model: Model, unet: UNet, made_with: str, tell: Call
     return choice.load(chosen.file, f"{path} on {chosen.build}", threads=1, batch=synth.batch_size)
 
 
-def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0, interval: tuple[int, int] = EVERYWHERE) -> Denoiser:
+def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0) -> Denoiser:
     """An engine with its labels bound, as a sampler calls it; a conditional one with classifier-free guidance where the scale is not 0."""
     card = engine.card
     if not card.classes:
         return lambda x, t: engine(x, t)
     null = torch.full_like(y, card.classes - 1)
-    return classifier_free(
-        lambda x, t: engine(x, t, y), lambda x, t: engine(x, t, null), classifier_free_scale, card.image_channels, interval
-    )
+    return classifier_free(lambda x, t: engine(x, t, y), lambda x, t: engine(x, t, null), classifier_free_scale, card.image_channels)
 
 
 def _export_command(run: RunFolder, model: Model) -> str:

@@ -96,7 +96,6 @@ def draw(made: Fused, engine: Any, steps: int = 20, eta: float = 0.0, **options:
         rules.scale_rule,
         rules.gradient_norm,
         rules.direction,
-        **options,
     )
     with torch.no_grad():
         x = sample(
@@ -109,7 +108,8 @@ def draw(made: Fused, engine: Any, steps: int = 20, eta: float = 0.0, **options:
             rules.step_unit,
             rules.clip_denoised,
             logs.append,
-            engine.bind(schedule, Y, eta, **options) if engine else None,
+            engine.bind(schedule, Y, eta) if engine else None,
+            **options,
         )
     return x, logs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from scipy import stats
@@ -49,3 +51,12 @@ def test_a_key_is_128_bits_of_blake2b_and_its_noise_is_numpys_philox() -> None:
     raw = np.random.Philox(key=key, counter=3 << 64).random_raw(2)
     assert raw.tolist() == [8962488654538983593, 772595302213522672]
     np.testing.assert_allclose(image_noise(key, 3, (4,)), [0.32362366, -1.341425, 1.3484489, -0.052176565], rtol=1e-6)
+
+
+def test_threads_draw_side_by_side_what_each_would_alone_and_nothing_is_left_of_an_earlier_draw() -> None:
+    keys = [image_key(0, 0, i) for i in range(64)]
+    image_noise(keys[0], 3, (5,))  # an odd number of values: half a buffer is left over
+    expected = [np.random.Generator(np.random.Philox(key=key, counter=2 << 64)).standard_normal((257,), dtype=np.float32) for key in keys]
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda key: image_noise(key, 2, (257,)), keys * 8))
+    assert all(np.array_equal(found, expected[i % 64]) for i, found in enumerate(drawn))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines.diffusion.guidance import prototype_guidance
-from engines.diffusion.sampler import Push, Sampler, StepLog, dpmpp_2m_step, sample
+from engines.diffusion.guidance import classifier_free, prototype_guidance
+from engines.diffusion.sampler import Push, Sampler, StepLog, Stepped, dpmpp_2m_step, sample
 from engines.diffusion.schedule import Schedule, at_timesteps, make_schedule, respace
 
 TRAINING = make_schedule("linear", 1000)
@@ -200,6 +201,53 @@ def test_engine_and_guide_see_training_timesteps_from_last_to_first() -> None:
 
     sample(denoise, respace(TRAINING, 4), seeded(SHAPE), guidance)
     assert engine_saw == guide_saw == [999, 666, 333, 0]
+
+
+@pytest.mark.parametrize("interval", [(0, 0), (333, 666), (334, 10**9), (700, 900)])
+def test_guidance_acts_in_its_interval_ends_included_and_elsewhere_nothing_of_it_is_asked(interval: tuple[int, int]) -> None:
+    schedule, inside = respace(TRAINING, 4), [t for t in (999, 666, 333, 0) if interval[0] <= t <= interval[1]]
+    guide_saw, step_saw, guided_saw, plain_saw = [], [], [], []
+
+    def guidance(_x: Tensor, t: Tensor) -> None:
+        guide_saw.append(int(t[0]))
+
+    def guided_step(x: Tensor, j: Tensor, _z: Tensor) -> Stepped:
+        step_saw.append(int(schedule.timesteps[j[0]]))
+        return Stepped(x, *(torch.zeros(2),) * 3)
+
+    def seen_by(saw: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            saw.append(int(t[0]))
+            return 0.1 * x
+
+        return denoise
+
+    sample(seen_by(guided_saw), schedule, seeded(SHAPE), guidance, interval=interval, plain=seen_by(plain_saw))
+    assert guide_saw == guided_saw == inside
+    assert plain_saw == [t for t in (999, 666, 333, 0) if t not in inside]
+    sample(seen_by([]), schedule, seeded(SHAPE), guidance, guided_step=guided_step, interval=interval)
+    assert step_saw == inside
+
+
+class NoValueIsRead(TorchDispatchMode):
+    """Refuses what would wait for a device: the value of a tensor as a number of Python's, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"), name
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("free_scale", [0.0, 1.0])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_no_step_waits_for_the_device(sampler: Sampler, free_scale: float) -> None:
+    """With guidance, in an interval, with a log: the scalars of the log are read after the last step."""
+    schedule, lines = respace(TRAINING, 4), list[StepLog]()
+    guidance = prototype_guidance(lambda x, _t: torch.log_softmax(x.flatten(1), 1), torch.tensor([1, 0]))
+    denoise = classifier_free(lambda x, _t: torch.cat([x, x], 1), lambda x, _t: torch.cat([-x, x], 1), free_scale, 1)
+    with NoValueIsRead():
+        sample(denoise, schedule, seeded(SHAPE), guidance, sampler, eta=0.5, log=lines.append, interval=(300, 900))
+    assert [float(line.scale) > 0 for line in lines] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from diffrc_cli import __version__, console, data, evaluate, export, import_, recipe, report, run, synth, train
+from diffrc_cli import __version__, bench, console, data, evaluate, export, import_, recipe, report, run, synth, train
 from engines.errors import DiffRCError, Interrupted, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def diffrc(
 
 for command in (run.run, train.train, export.export, synth.synth, evaluate.evaluate, report.report):  # in the order of the work
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(import_.app, name="import")

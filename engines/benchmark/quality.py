@@ -1,0 +1,416 @@
+"""Few steps or many? Images of the tail classes by every sampler and number of steps, and how true, pure, varied and dear they are.
+
+A cell is one sampler with one number of steps and one guidance scale. All cells draw the same images, (class, index, seed), so they
+start from the same noise. Images and figures are kept in `bench/quality/` of the run: the same command continues, and one that asks
+for more makes only what is missing. Images are judged as the sampler gives them, without the selection of [select].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engines import recipe as recipes
+from engines import store
+from engines.benchmark.quality_picture import quality_png
+from engines.data.decode import Pixels
+from engines.data.longtail import LongTail
+from engines.data.names import find_class, shorten
+from engines.diffusion.respacing import spaced_timesteps
+from engines.errors import UsageError
+from engines.evaluation.cells import Cell
+from engines.evaluation.fidelity import (
+    Gaussian,
+    bootstrap_deviation,
+    class_weights,
+    fit,
+    floor_distance,
+    frechet_distance,
+    hit_rate,
+    intra_class_diversity,
+)
+from engines.evaluation.judge import Judge, open_judge
+from engines.interrupt import StopRequest, catch_signals
+from engines.progress import Report, silent
+from engines.recipe import Recipe
+from engines.store import RunFolder
+from engines.synthesis.maker import open_maker
+from engines.synthesis.plan import by_model
+from engines.synthesis.sheet import read_images
+from engines.synthesis.synthesize import make_folder
+from engines.training import reuse
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+VERSION = 1  # raise it when a change of the code changes what a cell would hold
+TIMING_FILE = "timing.json"
+TOLD_APART = 2.0  # standard deviations of a difference
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What distinguishes a cell: `synth.sampler`, `synth.steps` and `synth.guidance_scale`; a scale of None is the recipe's."""
+
+    sampler: str
+    steps: int | str
+    scale: float | None = None
+
+    def overrides(self) -> tuple[str, ...]:
+        """As for `--set`; the selection is off."""
+        scale = () if self.scale is None else (f"synth.guidance_scale={self.scale}",)
+        steps = f'"{self.steps}"' if isinstance(self.steps, str) else self.steps
+        return (f"synth.sampler={self.sampler}", f"synth.steps={steps}", *scale, "select.distance_band=0", "select.confidence=0")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and the standard deviation of it over images drawn again (`bootstrap_deviation`), or over splits."""
+
+    value: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one cell."""
+
+    sampler: str
+    steps: int | str
+    scale: float  # s_0
+    evaluations: int  # of the network, an image
+    images: int
+    not_finite: int
+    engine: str
+    seconds_per_image: float | None  # wall time of a job of so many images, files included; None where they were made untimed
+    frechet: Estimate  # to the held-out test images
+    frechet_train: Estimate  # to the training images
+    hit_rate: Estimate  # percent
+    diversity: Estimate  # 1 = that of the test images
+    folder: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.sampler} at {self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Real:
+    """What real images score in the same measures: the frame of the figures."""
+
+    test_images: int
+    train_images: int
+    frechet: Estimate  # test images against each other, scaled to as many as a cell has: what a perfect generator would get
+    frechet_train: float  # training images against test images
+    hit_rate: float  # percent, of the test images
+    diversity_train: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The outcome, ready for JSON, the terminal and the chart."""
+
+    classes: tuple[str, ...]
+    images: int  # a cell
+    judge: str
+    real: Real
+    rows: tuple[Row, ...]
+    scales: bool  # the cells differ in their guidance scale too
+    chart: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"advice": advice(self)}
+
+
+def advice(quality: Quality) -> str:
+    """A sentence: the cheapest cell that cannot be told from the best one, the one of least Frechet distance, and what it saves."""
+    best = min(quality.rows, key=lambda row: row.frechet.value)
+    alike = [row for row in quality.rows if _as_good(row, best) and _cost(row) <= _cost(best)]
+    choice = min(alike, key=_cost)
+    what = f"{_named(choice, quality)}: Frechet distance {_plain(choice.frechet, 3)}, hit rate {_plain(choice.hit_rate, 3)} %, "
+    what += f"diversity {_plain(choice.diversity, 2)}"
+    if choice is best:
+        return f"Best is {what}; none that is cheaper comes as near as {quality.images:,} images a cell can tell."
+    rest = f"the best, {_named(best, quality)}, has {_plain(best.frechet, 3)}, {_plain(best.hit_rate, 3)} % and {_plain(best.diversity, 2)}"
+    return f"Take {what}; {rest} and takes {_cost(best) / _cost(choice):.1f} times as long. {quality.images:,} images a cell cannot tell them apart."
+
+
+def _as_good(row: Row, best: Row) -> bool:
+    """Not worse in any measure by more than chance explains; less varied is worse, more varied is not."""
+    losses = (
+        (row.frechet.value - best.frechet.value, row.frechet, best.frechet),
+        (best.hit_rate.value - row.hit_rate.value, row.hit_rate, best.hit_rate),
+        (best.diversity.value - row.diversity.value, row.diversity, best.diversity),
+    )
+    return row is best or all(loss <= TOLD_APART * float(np.hypot(a.spread, b.spread)) for loss, a, b in losses)
+
+
+def _cost(row: Row) -> float:
+    """Evaluations, which do not depend on what else the machine did meanwhile."""
+    return float(row.evaluations)
+
+
+def _named(row: Row, quality: Quality) -> str:
+    return f"{row.title}, s = {row.scale:g}" if quality.scales else row.title
+
+
+def _plain(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}g} ± {estimate.spread:.1g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- work
+
+
+def settings_of(samplers: Sequence[str], steps: Sequence[int | str], scales: Sequence[float] = ()) -> list[Setting]:
+    """Every sampler with every number of steps and every guidance scale (none given: the recipe's), the cheap ones first."""
+    return [Setting(sampler, count, scale) for scale in (scales or (None,)) for count, sampler in product(steps, samplers)]
+
+
+def tail_classes(run: RunFolder, typed: Sequence[str] = ()) -> list[int]:
+    """The classes that a person named, or every medium and few one, by class id. Raises UsageError for a name that is none."""
+    table = run.classes()
+    if typed:
+        return sorted({find_class(name, table["names"]) for name in typed})
+    return [k for k, group in enumerate(table["groups"]) if group != "many"]
+
+
+def bench_quality(
+    run: RunFolder,
+    longtail: LongTail,
+    settings: Sequence[Setting],
+    classes: Sequence[int],
+    images: int,
+    workers: int = 0,
+    report: Report = silent,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Quality:
+    """Make and judge the images of every cell; keep the table in `bench/quality/quality.json` and the chart beside it.
+
+    Args:
+        run: trained and, unless `synth.engine` is "torch", exported.
+        longtail: the data set that the run was trained on.
+        settings: at least one; see `settings_of`.
+        classes: see `tail_classes`.
+        images: of a cell, in all; rounded up to as many of each class.
+        workers: batches that run side by side; 0 = one a processor.
+        report: hears "recognizer" once, then each cell by its name.
+        tell: hears which engine was chosen and why.
+
+    Raises:
+        UsageError: too few images a class, made or real, to measure variety; a setting that is none; a stage that is not trained.
+        ConflictError: the run was trained on other data, or another process is at the same work.
+        EngineError, NumericsError, Interrupted, DataError, StorageError: as `synthesize` does.
+    """
+    run.keep_classes(longtail.table())
+    every = [_recipe(run, setting) for setting in settings]  # all mistakes before any work
+    by_model(run, dict.fromkeys(classes, 1), source_ready=False)
+    each = -(-images // len(classes))
+    if each < 2:
+        raise UsageError(f"{images} images are fewer than two for each of {len(classes)} classes", f"--n {2 * len(classes)} or more")
+    _require_real(longtail, classes)
+    folder = run.path / "bench" / "quality"
+    with store.locked(folder), catch_signals() as stop:
+        judge = open_judge(run, longtail, _stopping(report, stop))
+        reference = _Reference.of(judge, longtail, classes)
+        rows = []
+        for setting, recipe in zip(settings, every, strict=True):
+            if stop.requested:
+                raise stop.error(f"{len(rows)} of {len(every)} cells are measured and kept in {folder}")
+            wanted = dict.fromkeys(classes, each)
+            cell = _cell(folder, RunFolder(run.path, recipe), judge, reference, wanted, workers or _processors(), report, stop, tell)
+            result = cell.stored()
+            if result is None:
+                result = {"digest": cell.digest, **cell.make(_named_report(setting, report))}
+                store.write_json(cell.path, result)
+            rows.append(_row(setting, recipe, result))
+        quality = Quality(
+            classes=tuple(longtail.names[k] for k in classes),
+            images=each * len(classes),
+            judge=judge.name,
+            real=reference.scores(each * len(classes)),
+            rows=tuple(rows),
+            scales=len({row.scale for row in rows}) > 1,
+            chart=str(folder / "quality.png"),
+        )
+        store.write_json(folder / "quality.json", quality.to_json())
+        store.write_bytes(folder / "quality.png", quality_png(quality.to_json()))
+    return quality
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The real images of the classes as the judge sees them. Each class counts alike in the Gaussians, as it does among the generated."""
+
+    test: Floats  # (M, D)
+    test_labels: Labels
+    test_predicted: Labels
+    train: Floats
+    train_labels: Labels
+    digest: str  # of the images
+
+    @classmethod
+    def of(cls, judge: Judge, longtail: LongTail, classes: Sequence[int]) -> _Reference:
+        digest = hashlib.sha256()
+        seen = []
+        for images in (longtail.test, longtail.train):
+            chosen = np.flatnonzero(np.isin(images.labels, classes))
+            pixels, labels = images.pixels(chosen), images.labels[chosen]
+            digest.update(pixels.tobytes() + labels.tobytes())
+            seen.append((*judge.look(pixels), labels))
+        (test, predicted, test_labels), (train, _, train_labels) = seen
+        return cls(test, test_labels, predicted, train, train_labels, digest.hexdigest())
+
+    def gaussians(self) -> tuple[Gaussian, Gaussian]:
+        """Of the test images and of the training images."""
+        return fit(self.test, class_weights(self.test_labels)), fit(self.train, class_weights(self.train_labels))
+
+    def scores(self, images: int) -> Real:
+        test, train = self.gaussians()
+        several = np.isin(self.train_labels, [k for k in np.unique(self.train_labels) if (self.train_labels == k).sum() > 1])
+        return Real(
+            test_images=len(self.test),
+            train_images=len(self.train),
+            frechet=Estimate(*floor_distance(self.test, self.test_labels, images)),
+            frechet_train=frechet_distance(train, test),
+            hit_rate=hit_rate(self.test_predicted, self.test_labels),
+            diversity_train=intra_class_diversity(self.train[several], self.train_labels[several], self.test, self.test_labels)
+            if several.any()
+            else 0.0,
+        )
+
+
+def _require_real(longtail: LongTail, classes: Sequence[int]) -> None:
+    counts = np.bincount(longtail.test.labels, minlength=len(longtail.names))
+    if poor := [k for k in classes if counts[k] < 2]:
+        name, more = shorten(longtail.names[poor[0]]), f" and {len(poor) - 1} more" if len(poor) > 1 else ""
+        raise UsageError(
+            f"the test set holds fewer than two images of {name!r}{more}: nothing unseen to compare with",
+            "--class names classes that it holds; data.test_per_class holds images out of a set without a test split",
+        )
+
+
+def _recipe(run: RunFolder, setting: Setting) -> Recipe:
+    return recipes.load(recipes.to_toml(run.recipe), setting.overrides(), origin=f"{setting.sampler} at {setting.steps} steps")
+
+
+def _cell(
+    folder: Path,
+    run: RunFolder,
+    judge: Judge,
+    reference: _Reference,
+    wanted: Mapping[int, int],
+    workers: int,
+    report: Report,
+    stop: StopRequest,
+    tell: Callable[[str], None],
+) -> Cell:
+    """One cell. Its images lie in a folder named after their plan, so that other networks or engines get another."""
+    synth = run.recipe.synth
+    name = f"{synth.sampler}-{synth.steps}-s{synth.guidance_scale:g}".replace(",", "+")
+
+    def make(hear: Report) -> dict[str, Any]:
+        maker = open_maker(run, synth.model, tell=tell)
+        place = folder / "images" / f"{name}-{maker.plan.id[:12]}"
+        found = make_folder(place, maker, wanted, workers=workers, report=hear, stop=stop)
+        timing = _timing(place, found.seconds, found.made)
+        pixels, labels = _first_of_each(*read_images(place), wanted)
+        return {
+            "evaluations": evaluations(run.recipe),
+            "images": len(labels),
+            "not_finite": found.not_finite,
+            "engine": f"{found.engine} {found.precision}",
+            "seconds_per_image": timing,
+            "folder": place.name,
+            **measure(judge, reference, pixels, labels),
+        }
+
+    exported = sorted((path.relative_to(run.engines).as_posix(), path.read_bytes()) for path in run.engines.rglob("*.json"))
+    identity = {
+        "version": VERSION,
+        "synth": synth.model_dump(mode="json", exclude={"fill_to", "max_bad"}),
+        "stages": [reuse.mark(run.path, stage) for stage in (synth.model, "guide")],
+        "engines": hashlib.sha256(repr(exported).encode()).hexdigest(),
+        "wanted": sorted(wanted.items()),
+        "judge": judge.digest,
+        "real": reference.digest,
+    }
+    digest = recipes.digest(identity)
+    return Cell(folder / "cells" / f"{name}-{digest[:12]}.json", digest, make)
+
+
+def measure(judge: Judge, reference: _Reference, pixels: Pixels, labels: Labels) -> dict[str, Any]:
+    """The figures of generated images, (N, H, W, C) uint8 and the classes that were asked, (N,), as plain JSON values."""
+    features, predicted = judge.look(pixels)
+    test, train = reference.gaussians()
+
+    def estimate(figure: Callable[[Labels], float]) -> dict[str, float]:
+        return asdict(Estimate(figure(np.arange(len(labels))), bootstrap_deviation(figure, labels)))
+
+    return {
+        "frechet": estimate(lambda i: frechet_distance(fit(features[i]), test)),
+        "frechet_train": estimate(lambda i: frechet_distance(fit(features[i]), train)),
+        "hit_rate": estimate(lambda i: hit_rate(predicted[i], labels[i])),
+        "diversity": estimate(lambda i: intra_class_diversity(features[i], labels[i], reference.test, reference.test_labels)),
+    }
+
+
+def evaluations(recipe: Recipe) -> int:
+    """Of the network for one image: one a step, two where classifier-free guidance acts."""
+    visited = spaced_timesteps(recipe.diffusion.steps, recipe.synth.steps)
+    first, last = recipe.synth.guidance_interval
+    twice = sum(first <= t <= last for t in visited) if recipe.synth.classifier_free_scale else 0
+    return len(visited) + twice
+
+
+def _first_of_each(pixels: Pixels, labels: Labels, wanted: Mapping[int, int]) -> tuple[Pixels, Labels]:
+    """As many of each class as wanted, the first by index: an earlier call may have made more."""
+    chosen = np.concatenate([np.flatnonzero(labels == k)[:n] for k, n in wanted.items()])
+    return pixels[chosen], labels[chosen]
+
+
+def _timing(folder: Path, seconds: float, made: int) -> float | None:
+    """Seconds an image over all jobs that ended in this folder, this one included; a job that was killed is not counted."""
+    path = folder / TIMING_FILE
+    total = store.read_json(path) if path.exists() else {"seconds": 0.0, "made": 0}
+    if made:
+        total = {"seconds": total["seconds"] + seconds, "made": total["made"] + made}
+        store.write_json(path, total)
+    return total["seconds"] / total["made"] if total["made"] else None
+
+
+def _row(setting: Setting, recipe: Recipe, result: Mapping[str, Any]) -> Row:
+    measures = {key: Estimate(**result[key]) for key in ("frechet", "frechet_train", "hit_rate", "diversity")}
+    plain = {key: result[key] for key in ("evaluations", "images", "not_finite", "engine", "seconds_per_image", "folder")}
+    return Row(sampler=setting.sampler, steps=setting.steps, scale=recipe.synth.guidance_scale, **plain, **measures)
+
+
+def _named_report(setting: Setting, report: Report) -> Report:
+    """The progress of a cell under its own name, for all cells make images."""
+    name = f"{setting.sampler} {setting.steps}" + ("" if setting.scale is None else f" s={setting.scale:g}")
+    return lambda _, done, total, figures: report(name, done, total, figures)
+
+
+def _stopping(report: Report, stop: StopRequest) -> Report:
+    """A report that ends the training of the recognizer at a signal: it is short, and its weights are kept only when it is done."""
+
+    def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        report(what, done, total, figures)
+        if stop.requested and done < total:
+            raise stop.error("the recognizer was not trained to the end, and starts again")
+
+    return hear
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

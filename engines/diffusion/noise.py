@@ -42,12 +42,17 @@ class _Own(threading.local):
 
     def at(self, key: int, step: int) -> np.random.Generator:
         """What np.random.Generator(np.random.Philox(key=key, counter=step << 64)) would draw."""
-        counter = np.array([0, step, 0, 0], dtype=np.uint64)
-        state = {"counter": counter, "key": np.array([key & _WORD, key >> 64], dtype=np.uint64)}
-        self._philox.state = {"bit_generator": "Philox", "state": state, "buffer": _EMPTY, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+        self._philox.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": np.array([0, step, 0, 0], dtype=np.uint64), "key": np.array([key & _WORD, key >> 64], dtype=np.uint64)},
+            "buffer": _EMPTY,
+            "buffer_pos": len(_EMPTY),  # its end: nothing is left of an earlier draw
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
         return self._generator
 
 
 _WORD = (1 << 64) - 1
-_EMPTY = np.zeros(4, dtype=np.uint64)  # 4 = its end: nothing is left of an earlier draw
+_EMPTY = np.zeros(4, dtype=np.uint64)
 _own = _Own()

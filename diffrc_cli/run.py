@@ -28,13 +28,14 @@ def run(
     from diffrc_cli.evaluate import show
     from engines import store
     from engines.backends import choice
+    from engines.backends.device import choose_device
     from engines.backends.export import builds_of_recipe, export_run
     from engines.data.longtail import prepare
     from engines.evaluation.accuracy import evaluate_run, verdict
     from engines.evaluation.report import write_report
     from engines.synthesis.synthesize import fill_run
     from engines.training.sinks import open_sinks, require_packages
-    from engines.training.stages import choose_device, train_run
+    from engines.training.stages import train_run
 
     settings, path = recipe_of_run(recipe, data, run, overrides)
     where = choose_device(device)

@@ -41,13 +41,14 @@ def train(
     On two GPUs: torchrun --nproc-per-node 2 -m -- diffrc_cli train cifar10-lt-100 --data DIR
     """
     from engines import store
+    from engines.backends.device import choose_device
     from engines.data.longtail import prepare
     from engines.errors import UsageError
     from engines.progress import silent
     from engines.training import calibration
     from engines.training.distributed import joined
     from engines.training.sinks import open_sinks, require_packages
-    from engines.training.stages import choose_device, train_run
+    from engines.training.stages import train_run
 
     with joined() as world:  # first of all: whatever fails from here on is told by one process
         settings, path = recipe_of_run(recipe, data, run, overrides)

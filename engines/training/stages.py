@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from engines import store
 from engines.data.batches import torch_generator
 from engines.data.images import Indices
 from engines.data.longtail import LongTail
-from engines.errors import EngineError, Interrupted, NumericsError, UsageError
+from engines.errors import Interrupted, NumericsError, UsageError
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet, parameter_count
 from engines.progress import Report, silent
@@ -128,21 +127,6 @@ def bytes_to_write(run: RunFolder, status: StageStatus, parameters: int) -> int:
     there = status.back or (run.stage(status.name) if not status.aside else None)
     held_bytes = sum(file.stat().st_size for file in there.rglob("*.safetensors")) if there else 0
     return max(0, values * BYTES_PER_VALUE * parameters - held_bytes)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device asked for, or nothing: only "auto" chooses. Raises UsageError for an unknown name, EngineError where it is missing."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"there is no device named {name!r}", "--device auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EngineError(
-            f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices, not {name}",
-            "--device cpu, or install a CUDA build of torch",
-        )
-    return device
 
 
 def load_unet(run: RunFolder, model: Literal["target", "source"] = "target") -> UNet:

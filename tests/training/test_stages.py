@@ -24,12 +24,12 @@ from diffrc_cli.train import recipe_of_run
 from engines import store
 from engines.backends.base import weights_sha256
 from engines.data.longtail import LongTail, prepare
-from engines.errors import ConflictError, DataError, EngineError, NumericsError, StorageError, UsageError
+from engines.errors import ConflictError, DataError, NumericsError, StorageError, UsageError
 from engines.networks import pretrained
 from engines.recipe import Recipe, load, read
 from engines.training import calibration, diffusion, loop, stages
 from engines.training import guide as guides
-from engines.training.stages import choose_device, load_guide, load_unet, train_run
+from engines.training.stages import load_guide, load_unet, train_run
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -367,15 +367,6 @@ def test_a_full_disk_is_told_with_the_checkpoints_own_bytes(
     (run.path / "full").unlink()
     train_run(run, data, CPU)
     assert tensors(run.path) == tensors(tiny_run)
-
-
-def test_a_device_is_what_was_named_or_an_error() -> None:
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(UsageError, match="'tpu'"):
-        choose_device("tpu")
-    with pytest.raises(EngineError, match="cuda:99"):
-        choose_device("cuda:99")
 
 
 # ------------------------------------------------------------------------------------------------------------ diffrc train

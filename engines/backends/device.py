@@ -1,0 +1,133 @@
+"""Where networks run: the device asked for, exact float32 on it, and a stream of it for runtimes that torch knows nothing of."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engines.errors import EngineError, UsageError
+
+CPU = torch.device("cpu")
+TF32 = False  # in every runtime: its 10 bits of mantissa are no float32, and parity limits for float32 would not hold
+
+_tf32_turn = threading.RLock()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for, or nothing: only "auto" chooses. Raises UsageError for an unknown name, EngineError where it is missing."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"there is no device named {name!r}", "--device auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(
+            f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices, not {name}",
+            "--device cpu, or install a CUDA build of torch",
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What a card calls it: "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Torch's float32 products and convolutions in float32 on a GPU: left alone, cuDNN rounds what it multiplies to TF32.
+
+    The switches are the process's, so threads that use it run in turn; on a CPU it does nothing.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with _tf32_turn:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        _set_tf32(TF32, TF32)
+        try:
+            yield
+        finally:
+            _set_tf32(*before)
+
+
+def _set_tf32(matmul: bool, convolution: bool) -> None:
+    with warnings.catch_warnings():  # some versions of torch name a newer way, which the oldest one that we run with has not
+        warnings.filterwarnings("ignore", message=".*TF32")
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
+class Stream(Protocol):
+    """What a runtime beside torch needs of a GPU. `CudaStream` is the real one; that of the tests keeps its rules on a CPU."""
+
+    @property
+    def index(self) -> int:
+        """Which GPU."""
+        ...
+
+    @property
+    def handle(self) -> int:
+        """The CUDA stream, never the default one."""
+        ...
+
+    def place(self, value: Tensor) -> Tensor:
+        """The tensor, or a copy of it, contiguous on the GPU."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory of the GPU that lives as long as the tensor. Raises torch.OutOfMemoryError."""
+        ...
+
+    def ordered(self) -> AbstractContextManager[None]:
+        """The stream runs after what the caller has queued so far, and what the caller queues next after the stream.
+
+        Memory that the caller allocated may therefore be given back right after it.
+        """
+        ...
+
+
+class CudaStream:
+    """See `Stream`. Raises EngineError where torch finds no GPU."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        device = device or torch.device("cuda")
+        if not torch.cuda.is_available():
+            raise EngineError(f"torch {torch.__version__} finds no NVIDIA GPU", "--device cpu, or install a CUDA build of torch")
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    @property
+    def index(self) -> int:
+        """See `Stream.index`."""
+        return int(self._device.index)
+
+    @property
+    def handle(self) -> int:
+        """See `Stream.handle`."""
+        return int(self._stream.cuda_stream)
+
+    def place(self, value: Tensor) -> Tensor:
+        """See `Stream.place`."""
+        return value.detach().to(self._device).contiguous()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See `Stream.empty`."""
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    @contextlib.contextmanager
+    def ordered(self) -> Iterator[None]:
+        """See `Stream.ordered`."""
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        try:
+            yield
+        finally:
+            caller.wait_stream(self._stream)

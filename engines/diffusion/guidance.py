@@ -47,11 +47,12 @@ def normalize_gradient(gradient: Tensor, norm: GradientNorm = "rms") -> Tensor:
     return flat.view_as(gradient)
 
 
-def entropy_scale(log_probs: Tensor, scale: float, scale_max: float) -> Tensor:
+def entropy_scale(log_probs: Tensor, scale: float | Tensor, scale_max: float | Tensor) -> Tensor:
     """s_t = clip(s_0 log K / H(p(. | x_t)), s_0, s_max), (B,): the surer the guide, the larger; capped since H -> 0 blows up."""
     classes = log_probs.shape[-1]
     ratio = math.log(classes) / entropy(log_probs).clamp(min=1e-12)
-    return (scale * ratio).clamp(min=scale, max=max(scale, scale_max))
+    low, high = (torch.as_tensor(limit, dtype=ratio.dtype) for limit in (scale, scale_max))
+    return torch.minimum(torch.maximum(scale * ratio, low), torch.maximum(low, high))
 
 
 def prototype_guidance(
@@ -73,17 +74,36 @@ def prototype_guidance(
         y: (B,) int64 classes asked for.
         gradient: an engine that computes what autograd would by way of `log_probs`, which is then not called.
     """
-    sign = 1.0 if direction == "toward" else -1.0
 
     def guidance(x: Tensor, t: Tensor) -> Push | None:
         if scale == 0:
             return None
         slope, all_classes = gradient(x, t, y) if gradient else class_gradient(log_probs, x, t, y)
-        s = entropy_scale(all_classes, scale, scale_max) if scale_rule == "entropy" else torch.full_like(all_classes[:, 0], scale)
-        push = sign * s.view(-1, 1, 1, 1) * normalize_gradient(slope, gradient_norm)
-        return Push(push, all_classes.gather(1, y[:, None]).squeeze(1), s)
+        return push_of(slope, all_classes, y, scale, scale_max, scale_rule, gradient_norm, direction)
 
     return guidance
+
+
+def push_of(
+    slope: Tensor,
+    all_classes: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    scale_max: float | Tensor,
+    scale_rule: Literal["entropy", "fixed"],
+    gradient_norm: GradientNorm,
+    direction: Literal["toward", "away"],
+) -> Push:
+    """s grad* log p~(y | x_t) of Eq. 13 from what `class_gradient` gives, for rules as in `prototype_guidance`.
+
+    Args:
+        slope: (B, C, H, W).  all_classes: (B, K) log p.  y: (B,).
+        scale, scale_max: s_0 and s_max, numbers or (B,).
+    """
+    s = entropy_scale(all_classes, scale, scale_max) if scale_rule == "entropy" else scale + torch.zeros_like(all_classes[:, 0])
+    sign = 1.0 if direction == "toward" else -1.0
+    push = sign * s.view(-1, 1, 1, 1) * normalize_gradient(slope, gradient_norm)
+    return Push(push, all_classes.gather(1, y[:, None]).squeeze(1), s)
 
 
 def classifier_free(with_label: Denoiser, without: Denoiser, scale: float, channels: int) -> Denoiser:

@@ -212,6 +212,9 @@ class ExportSection(Section):
     trajectory_psnr_db: Positive = 40.0  # of the worst image after 50 steps, against torch
     bf16_one_step_tolerance: Positive = 2e-2  # the same two for engines that compute in bf16
     bf16_trajectory_psnr_db: Positive = 30.0
+    fp16_one_step_tolerance: Positive = 5e-3  # and in fp16
+    fp16_trajectory_psnr_db: Positive = 30.0
+    gpu_one_step_tolerance: Positive = 1e-4  # in place of the first on a GPU in float32: its sums take another order
 
 
 class SynthSection(Section):

@@ -1,9 +1,7 @@
-"""An ONNX graph of any inputs and outputs on ONNX Runtime or OpenVINO, in float32: tensors by name in, tensors out."""
+"""An ONNX graph of any inputs and outputs on ONNX Runtime or OpenVINO: tensors by name in, tensors out."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.backends import ort_engine
+from engines.backends.base import Precision
 from engines.errors import EngineError
 
 Runtime = Literal["onnx", "openvino"]
@@ -20,20 +19,32 @@ Graph = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 
 
 def open_graph(
-    data: bytes, inputs: Sequence[str], outputs: Sequence[str], opset: int, origin: str, runtime: Runtime = "onnx", threads: int = 0
+    data: bytes,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
+    origin: str,
+    runtime: Runtime = "onnx",
+    threads: int = 0,
+    precision: Precision = "fp32",
 ) -> Graph:
-    """A graph ready to run.
+    """A graph ready to run. Threads may call it side by side.
 
     Args:
         origin: what it is called in messages.
-        threads: of one evaluation; 0 = all that this process may use.
+        threads: of one evaluation, of which as many may run at once as there are processors; 0 = all that this process may use.
+        precision: what it computes in; bf16 in OpenVINO alone.
 
     Raises:
         DataError: it is not an ONNX model of these inputs and outputs in one piece of standard operators; no runtime sees it then.
-        EngineError: the runtime is not here, or cannot load it.
+        EngineError: the runtime is not here, has not the precision, or cannot load it.
     """
     ort_engine.check_graph(data, opset, list(inputs), list(outputs), origin)
-    return _on_ort(data, outputs, origin, threads) if runtime == "onnx" else _on_openvino(data, outputs, origin, threads)
+    if runtime == "openvino":
+        return _on_openvino(data, outputs, origin, threads, precision)
+    if precision != "fp32":
+        raise EngineError(f"ONNX Runtime does not run {origin} in {precision} on a CPU", "--engine openvino does, where the CPU can")
+    return _on_ort(data, outputs, origin, threads)
 
 
 def _on_ort(data: bytes, outputs: Sequence[str], origin: str, threads: int) -> Graph:
@@ -46,35 +57,12 @@ def _on_ort(data: bytes, outputs: Sequence[str], origin: str, threads: int) -> G
     return run
 
 
-def _on_openvino(data: bytes, outputs: Sequence[str], origin: str, threads: int) -> Graph:
-    """Static shapes, compiled for each batch at its first call: in dynamic shapes OpenVINO's gradients were silently wrong."""
-    from engines.backends.openvino_engine import check_operators, require_runtime
+def _on_openvino(data: bytes, outputs: Sequence[str], origin: str, threads: int, precision: Precision) -> Graph:
+    """Static shapes: in dynamic ones OpenVINO's gradients were silently wrong."""
+    from engines.backends.openvino_engine import StaticModel
 
-    check_operators(data, origin)
-    core = require_runtime("fp32").Core()
-    compiled: dict[int, Any] = {}
-    turn = threading.Lock()  # of a request, whose buffers one call at a time may use
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0))}
-
-    def compile_for(feed: Mapping[str, Tensor]) -> Any:
-        try:
-            model = core.read_model(data, b"")
-            model.reshape({name: list(value.shape) for name, value in feed.items()})
-            return core.compile_model(model, "CPU", settings).create_infer_request()
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = lines[-1] if lines else "no reason given"
-            raise EngineError(f"OpenVINO cannot compile {origin}: {reason}", "ONNX Runtime runs it: --engine onnx") from error
-
-    def run(feed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        first = next(iter(feed.values()))
-        with turn:
-            if len(first) not in compiled:
-                compiled[len(first)] = compile_for(feed)
-            results = compiled[len(first)].infer(_arrays(feed), share_outputs=False)
-        return tuple(torch.from_numpy(results[name]).to(first.device) for name in outputs)
-
-    return run
+    model = StaticModel(data, origin, precision, threads)
+    return lambda feed: model(feed, outputs)
 
 
 def _arrays(feed: Mapping[str, Tensor]) -> dict[str, Any]:

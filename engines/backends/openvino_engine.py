@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.base import EngineCard, EngineFile, Precision, check_input, read_engine, self_test
-from engines.backends.ort_engine import OUTPUT, check_model, input_names
+from engines.backends.ort_engine import OUTPUT, check_model
 from engines.errors import EngineError
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # by a card's precision
@@ -21,11 +22,10 @@ MAX_OPSET = 20  # compiling a network exported at 21 or 23 ends the whole proces
 
 
 class OpenVinoEngine:
-    """See `Engine`. Threads may call it side by side: each has infer requests of its own, up to `streams` of them run at once.
+    """See `Engine`. Threads may call it side by side, see `StaticModel`.
 
     The file is the ONNX file that ONNX Runtime reads as well, with a card of its own: one copy of the weights, one hash, and a
-    compiled model is of this machine alone. Shapes are static, which is what OpenVINO is fast with: each batch size that is
-    asked for is compiled once, in about the time of a few evaluations.
+    compiled model is of this machine alone.
 
     Args:
         file: an engine file that matches its card; the card's precision is what it runs in.
@@ -41,21 +41,13 @@ class OpenVinoEngine:
     """
 
     def __init__(self, file: EngineFile, origin: str, threads: int = 0, streams: int = 0, batch: int = 0) -> None:
-        self._card, self._origin = file.card, origin
-        processors = len(os.sched_getaffinity(0))
-        self._streams = (streams or processors) if threads else 1
-        self._threads = self._streams * threads or processors
+        self._card = file.card
         if file.card.opset > MAX_OPSET:
             raise EngineError(
                 f"OpenVINO takes opsets up to {MAX_OPSET} here; {origin} has {file.card.opset}", f"diffrc export --opset {MAX_OPSET}"
             )
         check_model(file.data, file.card, origin)
-        check_operators(file.data, origin)
-        self._core = require_runtime(file.card.precision).Core()
-        self._model = self._read(file.data)
-        self._compiled: dict[int, Any] = {}  # by batch size
-        self._compiling = threading.Lock()
-        self._own = threading.local()
+        self._model = StaticModel(file.data, origin, file.card.precision, threads, streams)
         self_test(self, origin, batch)
 
     @classmethod
@@ -71,20 +63,53 @@ class OpenVinoEngine:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """See `Engine.__call__`."""
         check_input(self._card, x, t, y)
-        feed = {"x": x, "t": t} | ({} if y is None else {"y": y})
-        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in feed.items()}
-        request = self._request(len(x))
-        out = request.infer(arrays, share_inputs=True, share_outputs=False)[OUTPUT]  # a copy: the request keeps its own buffer
-        return torch.from_numpy(out).to(x.device)
+        (out,) = self._model({"x": x, "t": t} | ({} if y is None else {"y": y}), [OUTPUT])
+        return out
 
-    def _request(self, batch: int) -> Any:
+
+class StaticModel:
+    """An ONNX model on this CPU in static shapes, which is what OpenVINO is fast with, and right.
+
+    Each batch size that is asked for is compiled once, in about the time of a few evaluations. Threads may call it side by
+    side: each has infer requests of its own, and up to `streams` of them run at once.
+
+    Args:
+        data: of a checked ONNX file.
+        origin: what it is called in messages.
+        threads, streams: as of `OpenVinoEngine`.
+
+    Raises EngineError, here or at the first call of a batch size.
+    """
+
+    def __init__(self, data: bytes, origin: str, precision: Precision, threads: int = 0, streams: int = 0) -> None:
+        self._origin, self._hint = origin, HINTS.get(precision, "")
+        processors = len(os.sched_getaffinity(0))
+        self._streams = (streams or processors) if threads else 1
+        self._threads = self._streams * threads or processors
+        check_operators(data, origin)
+        self._core = require_runtime(precision).Core()
+        self._model = self._read(data)
+        self.compiled: dict[int, Any] = {}  # by batch size
+        self._compiling = threading.Lock()
+        self._own = threading.local()
+
+    def __call__(self, feed: Mapping[str, Tensor], outputs: Sequence[str]) -> tuple[Tensor, ...]:
+        """Inputs by name, all of one batch -> those outputs, copies on the device of the first input."""
+        first = next(iter(feed.values()))
+        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in feed.items()}
+        request = self._request(arrays)
+        results = request.infer(arrays, share_inputs=True, share_outputs=False)  # copies: the request keeps its own buffers
+        return tuple(torch.from_numpy(results[name]).to(first.device) for name in outputs)
+
+    def _request(self, arrays: Mapping[str, Any]) -> Any:
         """This thread's request for a batch size."""
+        batch = len(next(iter(arrays.values())))
         own: dict[int, Any] = self._own.__dict__.setdefault("requests", {})
         if batch not in own:
             with self._compiling:
-                if batch not in self._compiled:
-                    self._compiled[batch] = self._compile(batch)
-            own[batch] = self._compiled[batch].create_infer_request()
+                if batch not in self.compiled:
+                    self.compiled[batch] = self._compile(arrays)
+            own[batch] = self.compiled[batch].create_infer_request()
         return own[batch]
 
     def _read(self, data: bytes) -> Any:
@@ -93,24 +118,23 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise self._refused("read", error) from error
 
-    def _compile(self, batch: int) -> Any:
-        card = self._card
+    def _compile(self, arrays: Mapping[str, Any]) -> Any:
         model = self._model.clone()
-        hint = HINTS[card.precision]
         settings = {
-            "INFERENCE_PRECISION_HINT": hint,  # left alone, OpenVINO takes bf16 wherever the CPU has it
+            "INFERENCE_PRECISION_HINT": self._hint,  # left alone, OpenVINO takes bf16 wherever the CPU has it
             "NUM_STREAMS": self._streams,
             "INFERENCE_NUM_THREADS": self._threads,
             "ENABLE_CPU_PINNING": False,  # two processes would pin their threads to the same processors
         }
         try:
-            model.reshape({name: [batch, *card.shape] if name == "x" else [batch] for name in input_names(card)})
+            model.reshape({name: list(value.shape) for name, value in arrays.items()})
             compiled = self._core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise self._refused("compile", error) from error
         runs = _name(compiled.get_property("INFERENCE_PRECISION_HINT"))
-        if runs != hint:
-            raise EngineError(f"{self._origin} would run in {runs}, not in {hint}", "diffrc export --engine onnx; or --engine torch")
+        if runs != self._hint:
+            problem = f"{self._origin} would run in {runs}, not in {self._hint}"
+            raise EngineError(problem, "diffrc export --engine onnx; or --engine torch")
         return compiled
 
     def _refused(self, verb: str, error: RuntimeError) -> EngineError:

@@ -23,7 +23,7 @@ from engines.backends import openvino_engine
 from engines.backends.base import EngineFile, Precision, card_path, example_input, read_engine, relative_error
 from engines.backends.choice import Build
 from engines.backends.export import export_onnx
-from engines.backends.openvino_engine import OpenVinoEngine, require_runtime
+from engines.backends.openvino_engine import OpenVinoEngine, StaticModel, require_runtime
 from engines.backends.torch_engine import TorchEngine
 from engines.errors import DataError, EngineError, ParityError
 
@@ -99,17 +99,17 @@ def test_threads_side_by_side_get_the_bits_that_one_alone_gets(precision: Precis
 
 def test_each_batch_size_is_compiled_once_and_the_one_of_the_job_first(in_openvino: Path, exported: Any) -> None:
     engine = OpenVinoEngine.load(in_openvino, threads=1, batch=5)
-    assert list(engine._compiled) == [5]
+    assert list(engine._model.compiled) == [5]
     for batch in (2, 5, 2):
         engine(*example_input(exported.card, batch, 0))
-    assert list(engine._compiled) == [5, 2]
-    assert OpenVinoEngine.load(in_openvino, batch=1)._compiled.keys() == {1}, "the self-test of three images runs one by one"
-    assert OpenVinoEngine.load(in_openvino)._compiled.keys() == {3}
+    assert list(engine._model.compiled) == [5, 2]
+    assert OpenVinoEngine.load(in_openvino, batch=1)._model.compiled.keys() == {1}, "the self-test of three images runs one by one"
+    assert OpenVinoEngine.load(in_openvino)._model.compiled.keys() == {3}
 
 
 def test_threads_and_streams_are_what_was_asked_for(in_openvino: Path) -> None:
     for threads, streams, expected in ((1, 2, (2, 2)), (1, 1, (1, 1)), (0, 0, (len(os.sched_getaffinity(0)), 1))):
-        (compiled,) = OpenVinoEngine.load(in_openvino, threads=threads, streams=streams)._compiled.values()
+        (compiled,) = OpenVinoEngine.load(in_openvino, threads=threads, streams=streams)._model.compiled.values()
         assert (compiled.get_property("INFERENCE_NUM_THREADS"), compiled.get_property("NUM_STREAMS")) == expected
 
 
@@ -165,13 +165,13 @@ def test_a_foreign_model_is_refused_before_openvino_sees_it(in_openvino: Path, m
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="../../etc/passwd")
 
-    monkeypatch.setattr(OpenVinoEngine, "_read", lambda *_: pytest.fail("OpenVINO saw it"))
+    monkeypatch.setattr(StaticModel, "_read", lambda *_: pytest.fail("OpenVINO saw it"))
     with pytest.raises(DataError, match="other files"):
         OpenVinoEngine(altered(in_openvino, external), "target.onnx")
 
 
 def test_an_opset_that_would_end_the_process_is_refused_before_openvino_sees_it(in_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OpenVinoEngine, "_read", lambda *_: pytest.fail("OpenVINO saw it"))
+    monkeypatch.setattr(StaticModel, "_read", lambda *_: pytest.fail("OpenVINO saw it"))
     file = read_engine(in_openvino, "openvino")
     newer = EngineFile(file.data, file.card.model_copy(update={"opset": 21}))
     with pytest.raises(EngineError, match=r"opsets up to 20 here; target\.onnx has 21"):

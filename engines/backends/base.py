@@ -94,6 +94,18 @@ def card_path(engine: Path, kind: Kind = "onnx", precision: Precision = "fp32") 
     return engine.with_suffix(f".openvino-{precision}.json" if kind == "openvino" else ".json")
 
 
+def engine_path(network: Path, kind: Kind = "onnx", precision: Precision = "fp32") -> Path:
+    """Where an engine lies, by the ONNX file of its network in float32, `onnx/target.onnx`.
+
+    OpenVINO takes that file in every precision; in half precision ONNX Runtime takes `onnx/target.fp16.onnx`. TensorRT takes a plan
+    that was built from one of them: `tensorrt/target.plan`, `tensorrt/target.fp16.plan`.
+    """
+    cast = "" if precision == "fp32" or kind == "openvino" else f".{precision}"
+    if kind == "tensorrt":
+        return network.parent.with_name("tensorrt") / f"{network.stem}{cast}.plan"
+    return network.with_suffix(f"{cast}{network.suffix}")
+
+
 def read_card(engine: Path, kind: Kind = "onnx", precision: Precision = "fp32") -> EngineCard:
     """The card beside an engine file, for one runtime and precision.
 

@@ -215,6 +215,10 @@ class ExportSection(Section):
     fp16_one_step_tolerance: Positive = 5e-3  # and in fp16
     fp16_trajectory_psnr_db: Positive = 30.0
     gpu_one_step_tolerance: Positive = 1e-4  # in place of the first on a GPU in float32: its sums take another order
+    gradient_cosine: Fraction = 0.9999  # between the guide's exported gradient and torch's, the worst image
+    gradient_max_error: Positive = 1e-4  # of a value of the gradient, as a share of the largest; also of log p and of a step's figures
+    bf16_gradient_cosine: Fraction = 0.99  # the same two for engines that compute in bf16
+    bf16_gradient_max_error: Positive = 0.15
 
 
 class SynthSection(Section):
@@ -235,6 +239,7 @@ class SynthSection(Section):
     direction: Literal["toward", "away"] = "toward"
     guidance_interval: tuple[CountOrZero, CountOrZero] = (0, 10**9)  # training timesteps t, both ends included
     classifier_free_scale: NonNegative = 0.0  # w in (1 + w) eps(y) - w eps(); 0 = one evaluation a step
+    fused: bool = True  # one graph a guided step where it is exported and passed its gate, else the network with torch's guide
     clip_denoised: bool = True
     fill_to: CountOrZero = 0  # N_fill; 0 = the largest class
     max_bad: CountOrZero = 10  # images with values that are not finite, none of them written, before synthesis stops

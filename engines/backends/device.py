@@ -65,6 +65,33 @@ def _set_tf32(matmul: bool, convolution: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
+class OutOfMemory(EngineError):
+    """A GPU with too little memory left for a batch."""
+
+
+@contextlib.contextmanager
+def gpu_failures() -> Iterator[None]:
+    """What a GPU fails with, torch's or another runtime's, as errors that say what to do. Raises OutOfMemory, EngineError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error) from error
+    except RuntimeError as error:  # of the CUDA runtime, which has no classes
+        if "CUDA" not in str(error):
+            raise
+        if any(words in str(error).lower() for words in ("out of memory", "failed to allocate memory")):
+            raise _out_of_memory(error) from error
+        raise EngineError(f"the GPU failed: {_first_line(error)}", "nvidia-smi shows its state; then the same command continues") from error
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    return OutOfMemory(f"the GPU has too little memory left: {_first_line(error)}", "free the GPU, or a smaller synth.batch_size")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
 class Stream(Protocol):
     """What a runtime beside torch needs of a GPU. `CudaStream` is the real one; that of the tests keeps its rules on a CPU."""
 
@@ -101,7 +128,7 @@ class CudaStream:
         device = device or torch.device("cuda")
         if not torch.cuda.is_available():
             raise EngineError(f"torch {torch.__version__} finds no NVIDIA GPU", "--device cpu, or install a CUDA build of torch")
-        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._device = torch.empty(0, device=device).device  # with the index of the current one, where none was named
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @property

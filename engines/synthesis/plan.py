@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from engines.training import reuse
 Model = Literal["target", "source"]
 
 PLAN_FILE = "plan.json"
-_NOT_PIXELS = ("model", "engine", "precision", "fill_to", "max_bad")  # of [synth]: the first three are named by what they stand for
+_NOT_PIXELS = ("model", "engine", "precision", "fused", "fill_to", "max_bad")  # of [synth]: the first four are named by what they stand for
 _GOLDEN = 40503  # / 2^16, the golden ratio's fraction: spreads the classes' first rows evenly over a batch
 _SHOWN = 3  # differing keys in a message
 
@@ -67,7 +67,13 @@ class ImageId:
 
 
 def make_plan(
-    recipe: Recipe, classes: Mapping[str, Any], model: Model, card: EngineCard, guide_sha256: str, versions: Mapping[str, str]
+    recipe: Recipe,
+    classes: Mapping[str, Any],
+    model: Model,
+    card: EngineCard,
+    guide_sha256: str,
+    versions: Mapping[str, str],
+    guided_sha256: str = "",
 ) -> Plan:
     """The plan of a run.
 
@@ -75,6 +81,7 @@ def make_plan(
         classes: the run's class table.
         card: of the engine that will run.
         guide_sha256: of the guide's weights; "" where nothing needs it.
+        guided_sha256: of the file that makes guided steps in one graph; "" where the network and torch's guide make them.
     """
     identity: dict[str, Any] = {
         "format": 1,
@@ -94,6 +101,8 @@ def make_plan(
     }
     synth = recipe.synth.model_dump(mode="json")
     identity |= {f"synth.{key}": value for key, value in synth.items() if key not in _NOT_PIXELS}
+    if guided_sha256:  # where there is none, the plan is that of versions that knew no such file
+        identity["guided_step.file_sha256"] = guided_sha256
     return Plan(identity, versions)
 
 
@@ -121,10 +130,19 @@ def keep_plan(folder: Path, plan: Plan) -> None:
     raise ConflictError(f"{folder} holds images of another plan ({told}{more})", f"--out DIR puts these elsewhere; or remove {folder}")
 
 
-def made_with(folder: Path) -> str:
-    """The runtime and precision that made the images of a folder, as `choice.Build` writes itself; "" where there are none."""
+class MadeWith(NamedTuple):
+    """What made the images that are to be continued."""
+
+    build: str = ""  # runtime and precision, as `choice.Build` writes itself; "" where there are no images
+    guided_sha256: str | None = None  # of the file that made guided steps in one graph; "" = there was none; None = there are no images
+
+
+def made_with(folder: Path) -> MadeWith:
+    """What made the images of a folder."""
     stored = store.read_json(folder / PLAN_FILE).get("identity", {}) if (folder / PLAN_FILE).is_file() else {}
-    return f"{stored['engine.kind']} {stored['engine.precision']}" if stored else ""
+    if not stored:
+        return MadeWith()
+    return MadeWith(f"{stored['engine.kind']} {stored['engine.precision']}", stored.get("guided_step.file_sha256", ""))
 
 
 def require_current(run: RunFolder) -> None:

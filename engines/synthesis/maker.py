@@ -31,8 +31,10 @@ from engines.networks.unet import UNet
 from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.synthesis import select
-from engines.synthesis.plan import ImageId, Model, Plan, make_plan
+from engines.synthesis.plan import ImageId, MadeWith, Model, Plan, make_plan
 from engines.training import reuse
+
+NOTHING_YET = MadeWith()
 
 
 class Drawn(NamedTuple):
@@ -122,11 +124,11 @@ class Maker:
         )
 
 
-def open_maker(run: RunFolder, model: Model, made_with: str = "", tell: Callable[[str], None] = lambda _: None) -> Maker:
+def open_maker(run: RunFolder, model: Model, made_with: MadeWith = NOTHING_YET, tell: Callable[[str], None] = lambda _: None) -> Maker:
     """The networks of a run, ready to draw.
 
     Args:
-        made_with: the engine of the images that are to be continued, if any; see `choice.choose`.
+        made_with: what made the images that are to be continued, if any; it makes the others too where it can.
         tell: hears which engine was chosen and why, where there was a choice.
 
     Raises UsageError where a stage is not trained, EngineError for an engine that is missing, stale or cannot run here.
@@ -144,7 +146,7 @@ def open_maker(run: RunFolder, model: Model, made_with: str = "", tell: Callable
     return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False) if guide else None)
 
 
-def _engine(run: RunFolder, model: Model, unet: UNet, made_with: str, tell: Callable[[str], None]) -> Engine:
+def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell: Callable[[str], None]) -> Engine:
     synth = run.recipe.synth
     if synth.engine == "torch":
         if synth.precision == "bf16":
@@ -164,7 +166,7 @@ def _engine(run: RunFolder, model: Model, unet: UNet, made_with: str, tell: Call
                 f"{command} --batch {synth.batch_size}",
             )
 
-    chosen = choice.choose(path, choice.builds_of(synth.engine, synth.precision), check, made_with, command)
+    chosen = choice.choose(path, choice.builds_of(synth.engine, synth.precision), check, made_with.build, command)
     if chosen.why:
         tell(f"engine: {chosen.build} ({chosen.why})")
     return choice.load(chosen.file, f"{path} on {chosen.build}", threads=1, batch=synth.batch_size)

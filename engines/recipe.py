@@ -226,7 +226,9 @@ class SynthSection(Section):
 
     model: Literal["target", "source"] = "target"
     engine: Literal["onnx", "openvino", "torch", "auto"] = "auto"  # "auto": the fastest that is exported and can run here
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the engine; "auto": any that is exported
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the engine; "auto": any that is exported; of torch: float32
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto": the GPU where torch sees one and the engine's runtime can use it
+    compile: bool = False  # the torch engine by torch.compile, with CUDA graphs on a GPU; held to eager float32 at every start
     sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "ddpm"
     steps: Steps = 250  # of `diffusion.steps`: evenly spaced; "ddim50": at whole strides from 0; "10,15,25": so many in each third of t
     eta: Fraction = 0.0  # ddim

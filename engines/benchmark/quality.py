@@ -30,6 +30,7 @@ from engines.evaluation.cells import Cell
 from engines.evaluation.fidelity import (
     Gaussian,
     bootstrap_deviation,
+    class_distances,
     class_weights,
     fit,
     floor_distance,
@@ -53,6 +54,7 @@ Labels = npt.NDArray[np.int64]
 
 VERSION = 1  # raise it when a change of the code changes what a cell would hold
 TIMING_FILE = "timing.json"
+MEASURES = ("frechet", "frechet_train", "hit_rate", "diversity")
 TOLD_APART = 2.0  # standard deviations of a difference
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -99,10 +101,6 @@ class Row:
     diversity: Estimate  # 1 = that of the test images
     folder: str
 
-    @property
-    def title(self) -> str:
-        return f"{self.sampler} at {self.steps} steps"
-
 
 @dataclass(frozen=True)
 class Real:
@@ -113,7 +111,7 @@ class Real:
     frechet: Estimate  # test images against each other, scaled to as many as a cell has: what a perfect generator would get
     frechet_train: float  # training images against test images
     hit_rate: float  # percent, of the test images
-    diversity_train: float
+    diversity_train: float | None  # of the training images; None where no class has two
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,29 @@ class Quality:
 
 
 def advice(quality: Quality) -> str:
-    """A sentence: the cheapest cell that cannot be told from the best one, the one of least Frechet distance, and what it saves."""
+    """The cheapest cell that cannot be told from the best one, which is that of the least Frechet distance, and what it saves."""
     best = min(quality.rows, key=lambda row: row.frechet.value)
-    alike = [row for row in quality.rows if _as_good(row, best) and _cost(row) <= _cost(best)]
-    choice = min(alike, key=_cost)
-    what = f"{_named(choice, quality)}: Frechet distance {_plain(choice.frechet, 3)}, hit rate {_plain(choice.hit_rate, 3)} %, "
-    what += f"diversity {_plain(choice.diversity, 2)}"
+    choice = min((row for row in quality.rows if _as_good(row, best)), key=lambda row: (row.evaluations, row.frechet.value))
     if choice is best:
-        return f"Best is {what}; none that is cheaper comes as near as {quality.images:,} images a cell can tell."
-    rest = f"the best, {_named(best, quality)}, has {_plain(best.frechet, 3)}, {_plain(best.hit_rate, 3)} % and {_plain(best.diversity, 2)}"
-    return f"Take {what}; {rest} and takes {_cost(best) / _cost(choice):.1f} times as long. {quality.images:,} images a cell cannot tell them apart."
+        return f"Best is {_figures(best, quality)}. None that is cheaper comes as near as {quality.images:,} images a cell can tell."
+    return (
+        f"Take {_figures(choice, quality)}. The best, {_figures(best, quality)}, takes {_times(best, choice)}; "
+        f"{quality.images:,} images a cell do not tell the two apart."
+    )
+
+
+def _figures(row: Row, quality: Quality) -> str:
+    scale = f", s = {row.scale:g}" if quality.scales else ""
+    figures = f"Frechet distance {_plain(row.frechet, 3)}, hit rate {_plain(row.hit_rate, 3)} %, diversity {_plain(row.diversity, 2)}"
+    return f"{row.sampler} at {row.steps} steps{scale} ({figures})"
+
+
+def _times(dear: Row, cheap: Row) -> str:
+    more = dear.evaluations / cheap.evaluations
+    told = f"{more:.3g} times the evaluations"
+    if dear.seconds_per_image and cheap.seconds_per_image:
+        told += f" and {dear.seconds_per_image / cheap.seconds_per_image:.2g} times the seconds"
+    return told
 
 
 def _as_good(row: Row, best: Row) -> bool:
@@ -154,15 +165,6 @@ def _as_good(row: Row, best: Row) -> bool:
         (best.diversity.value - row.diversity.value, row.diversity, best.diversity),
     )
     return row is best or all(loss <= TOLD_APART * float(np.hypot(a.spread, b.spread)) for loss, a, b in losses)
-
-
-def _cost(row: Row) -> float:
-    """Evaluations, which do not depend on what else the machine did meanwhile."""
-    return float(row.evaluations)
-
-
-def _named(row: Row, quality: Quality) -> str:
-    return f"{row.title}, s = {row.scale:g}" if quality.scales else row.title
 
 
 def _plain(estimate: Estimate, digits: int) -> str:
@@ -219,16 +221,22 @@ def bench_quality(
     if each < 2:
         raise UsageError(f"{images} images are fewer than two for each of {len(classes)} classes", f"--n {2 * len(classes)} or more")
     _require_real(longtail, classes)
-    folder = run.path / "bench" / "quality"
+    folder, told = run.path / "bench" / "quality", set[str]()
+
+    def tell_once(words: str) -> None:
+        if words not in told:
+            tell(words)
+        told.add(words)
+
     with store.locked(folder), catch_signals() as stop:
         judge = open_judge(run, longtail, _stopping(report, stop))
         reference = _Reference.of(judge, longtail, classes)
-        rows = []
+        rows: list[Row] = []
         for setting, recipe in zip(settings, every, strict=True):
             if stop.requested:
                 raise stop.error(f"{len(rows)} of {len(every)} cells are measured and kept in {folder}")
             wanted = dict.fromkeys(classes, each)
-            cell = _cell(folder, RunFolder(run.path, recipe), judge, reference, wanted, workers or _processors(), report, stop, tell)
+            cell = _cell(folder, RunFolder(run.path, recipe), judge, reference, wanted, workers or _processors(), stop, tell_once)
             result = cell.stored()
             if result is None:
                 result = {"digest": cell.digest, **cell.make(_named_report(setting, report))}
@@ -277,16 +285,14 @@ class _Reference:
 
     def scores(self, images: int) -> Real:
         test, train = self.gaussians()
-        several = np.isin(self.train_labels, [k for k in np.unique(self.train_labels) if (self.train_labels == k).sum() > 1])
+        varied = class_distances(self.train, self.train_labels)
         return Real(
             test_images=len(self.test),
             train_images=len(self.train),
             frechet=Estimate(*floor_distance(self.test, self.test_labels, images)),
             frechet_train=frechet_distance(train, test),
             hit_rate=hit_rate(self.test_predicted, self.test_labels),
-            diversity_train=intra_class_diversity(self.train[several], self.train_labels[several], self.test, self.test_labels)
-            if several.any()
-            else 0.0,
+            diversity_train=intra_class_diversity(varied, class_distances(self.test, self.test_labels)) if varied else None,
         )
 
 
@@ -311,7 +317,6 @@ def _cell(
     reference: _Reference,
     wanted: Mapping[int, int],
     workers: int,
-    report: Report,
     stop: StopRequest,
     tell: Callable[[str], None],
 ) -> Cell:
@@ -352,17 +357,16 @@ def _cell(
 def measure(judge: Judge, reference: _Reference, pixels: Pixels, labels: Labels) -> dict[str, Any]:
     """The figures of generated images, (N, H, W, C) uint8 and the classes that were asked, (N,), as plain JSON values."""
     features, predicted = judge.look(pixels)
-    test, train = reference.gaussians()
+    (test, train), real = reference.gaussians(), class_distances(reference.test, reference.test_labels)
 
-    def estimate(figure: Callable[[Labels], float]) -> dict[str, float]:
-        return asdict(Estimate(figure(np.arange(len(labels))), bootstrap_deviation(figure, labels)))
+    def figures(chosen: Labels) -> list[float]:
+        seen, asked = features[chosen], labels[chosen]
+        gaussian = fit(seen)
+        diversity = intra_class_diversity(class_distances(seen, asked), real)
+        return [frechet_distance(gaussian, test), frechet_distance(gaussian, train), hit_rate(predicted[chosen], asked), diversity]
 
-    return {
-        "frechet": estimate(lambda i: frechet_distance(fit(features[i]), test)),
-        "frechet_train": estimate(lambda i: frechet_distance(fit(features[i]), train)),
-        "hit_rate": estimate(lambda i: hit_rate(predicted[i], labels[i])),
-        "diversity": estimate(lambda i: intra_class_diversity(features[i], labels[i], reference.test, reference.test_labels)),
-    }
+    estimates = zip(figures(np.arange(len(labels))), bootstrap_deviation(figures, labels), strict=True)
+    return dict(zip(MEASURES, (asdict(Estimate(*pair)) for pair in estimates), strict=True))
 
 
 def evaluations(recipe: Recipe) -> int:
@@ -390,9 +394,21 @@ def _timing(folder: Path, seconds: float, made: int) -> float | None:
 
 
 def _row(setting: Setting, recipe: Recipe, result: Mapping[str, Any]) -> Row:
-    measures = {key: Estimate(**result[key]) for key in ("frechet", "frechet_train", "hit_rate", "diversity")}
-    plain = {key: result[key] for key in ("evaluations", "images", "not_finite", "engine", "seconds_per_image", "folder")}
-    return Row(sampler=setting.sampler, steps=setting.steps, scale=recipe.synth.guidance_scale, **plain, **measures)
+    return Row(
+        sampler=setting.sampler,
+        steps=setting.steps,
+        scale=recipe.synth.guidance_scale,
+        evaluations=result["evaluations"],
+        images=result["images"],
+        not_finite=result["not_finite"],
+        engine=result["engine"],
+        seconds_per_image=result["seconds_per_image"],
+        frechet=Estimate(**result["frechet"]),
+        frechet_train=Estimate(**result["frechet_train"]),
+        hit_rate=Estimate(**result["hit_rate"]),
+        diversity=Estimate(**result["diversity"]),
+        folder=result["folder"],
+    )
 
 
 def _named_report(setting: Setting, report: Report) -> Report:

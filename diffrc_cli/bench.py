@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from diffrc_cli import console
+from diffrc_cli import bench_quality, console
 from diffrc_cli.options import DeviceOption, JsonOption
 
 app = typer.Typer(invoke_without_command=True, help="How fast the engines are here, and what few steps cost in quality.")
+app.command()(bench_quality.quality)
 
 
 @app.callback()

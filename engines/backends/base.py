@@ -46,6 +46,7 @@ class EngineCard(BaseModel):
     max_batch: int
     opset: int  # 0 where there is none
     versions: dict[str, str]  # of the packages that made it
+    device: str = "cpu"  # where it was held to torch and measured: "cpu", or the GPU's name
     tolerance: float  # relative L2 of one evaluation that the export was held to
     one_step_error: float  # the worst that was measured
     trajectory_psnr_db: float  # of a short trajectory, the worst image

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
 from engines.backends import openvino_engine, ort_engine
 from engines.backends.base import Engine, EngineFile, Kind, Precision, card_path, read_engine
+from engines.backends.device import CPU, CudaStream, choose_device, device_name
 from engines.backends.openvino_engine import OpenVinoEngine
 from engines.backends.ort_engine import OrtEngine
 from engines.errors import EngineError
@@ -48,18 +51,45 @@ def require(build: Build) -> None:
         ort_engine.require_runtime()
 
 
-def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0) -> Engine:
+def device_of(build: Build, name: str) -> torch.device:
+    """Where a build runs if "auto", "cpu" or "cuda" is asked for: "auto" is the GPU where torch sees one and the runtime can use it.
+
+    Raises EngineError where it cannot run there.
+    """
+    if build.kind == "openvino":
+        if name == "cuda":
+            raise EngineError("OpenVINO runs on the CPU here", "--device cpu; or --engine onnx or torch, which run on a GPU")
+        return CPU
+    if build.kind == "tensorrt":
+        if name == "cpu":
+            raise EngineError("TensorRT runs on a GPU alone", "--device cuda, or another --engine")
+        return torch.device("cuda")
+    device = choose_device(name)
+    if build.kind == "onnx" and device.type == "cuda":
+        try:
+            ort_engine.require_runtime(ort_engine.CUDA)
+        except EngineError:
+            if name != "auto":
+                raise
+            return CPU
+    return device
+
+
+def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0, device: torch.device = CPU) -> Engine:
     """The engine of a file, on the runtime and in the precision of its card.
 
     Args:
         origin: what it is called in messages.
         threads: of one evaluation, of which several may run side by side; 0 = all that this process may use.
         batch: the batch size that will be asked for; 0 = not known.
+        device: see `device_of`.
 
     Raises: as `OrtEngine` and `OpenVinoEngine` do.
     """
     if file.card.kind == "openvino":
         return OpenVinoEngine(file, origin, threads, batch=batch)
+    if device.type == "cuda":
+        return OrtEngine(file, origin, threads, ort_engine.CUDA, CudaStream(device))
     return OrtEngine(file, origin, threads)
 
 
@@ -68,6 +98,7 @@ class Choice(NamedTuple):
 
     file: EngineFile
     why: str  # "" where nothing was to be chosen
+    device: torch.device = CPU  # where it runs
 
     @property
     def build(self) -> Build:
@@ -76,7 +107,12 @@ class Choice(NamedTuple):
 
 
 def choose(
-    path: Path, builds: Sequence[Build], check: Callable[[EngineFile], None], made_with: str = "", command: str = "diffrc export"
+    path: Path,
+    builds: Sequence[Build],
+    check: Callable[[EngineFile], None],
+    made_with: str = "",
+    command: str = "diffrc export",
+    device: str = "auto",
 ) -> Choice:
     """The fastest of the engines that were published for an ONNX file, by what was measured at export, among those that can run here.
 
@@ -87,6 +123,7 @@ def choose(
         check: raises EngineError for an engine that does not fit the job.
         made_with: the build, as text, that images to be continued were made with: it is taken where it can be.
         command: what exports the network.
+        device: "auto", "cpu" or "cuda"; see `device_of`. What was measured where it would run now goes before what was not.
 
     Raises EngineError where none can be taken, with the reason of the first.
     """
@@ -98,28 +135,45 @@ def choose(
         raise EngineError(f"{path} is not exported{named}", f"{command}{engine}{precision}; or --engine torch")
     usable: list[EngineFile] = []
     refused: list[tuple[Build, EngineError]] = []
+    places: dict[Build, torch.device] = {}
     for build in published:
         try:
             file = read_engine(path, *build)
             check(file)
             require(build)
+            places[build] = device_of(build, device)
             usable.append(file)
         except EngineError as error:
             refused.append((build, error))
     if not usable:
         raise refused[0][1]
-    speeds = {Build(file.card.kind, file.card.precision): file.card.ms_per_image for file in usable}
-    best = min(usable, key=lambda file: file.card.ms_per_image or float("inf"))
-    taken = Build(best.card.kind, best.card.precision)
-    if keep := [file for file in usable if str(Build(file.card.kind, file.card.precision)) == made_with]:
+    speeds = {_build(file): file.card.ms_per_image for file in usable}
+    elsewhere = {build: _elsewhere(file, places[build]) for build, file in zip(speeds, usable, strict=True)}
+    best = min(usable, key=lambda file: (elsewhere[_build(file)] != "", file.card.ms_per_image or float("inf")))
+    taken = _build(best)
+    if keep := [file for file in usable if str(_build(file)) == made_with]:
         best, why = keep[0], "the images there were made with it"
     elif len(usable) > 1:
-        others = ", ".join(f"{build} {_speed(ms)}" for build, ms in speeds.items() if build != taken)
+        others = ", ".join(f"{build} {_speed(ms)}{elsewhere[build]}" for build, ms in speeds.items() if build != taken)
         why = f"the fastest when it was exported: {_speed(speeds[taken])} an image and evaluation; {others}"
     else:
         why = f"no other is exported: {command} --engine all" if len(published) == 1 and len(builds) > 1 else ""
     why += "".join(f"; not {build}: {error.problem}" for build, error in refused)
-    return Choice(best, why.removeprefix("; "))
+    taken = _build(best)
+    if elsewhere[taken]:
+        why += f"; it runs on {places[taken].type} and was held to torch{elsewhere[taken]}: {command} does it here"
+    return Choice(best, why.removeprefix("; "), places[taken])
+
+
+def _build(file: EngineFile) -> Build:
+    return Build(file.card.kind, file.card.precision)
+
+
+def _elsewhere(file: EngineFile, device: torch.device) -> str:
+    """Where an engine was measured, as " on cpu", if it would run on something else now; a plan is of its GPU alone."""
+    if file.card.kind == "tensorrt" or file.card.device == device_name(device):
+        return ""
+    return f" on {file.card.device}"
 
 
 def _speed(ms: float) -> str:

@@ -42,12 +42,16 @@ _TEMPORARY = re.compile(r"^\..*\.\d+\.[0-9a-f]{8}\.tmp$")
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Commit `data` under `path`, whole or not at all; parent folders are made. Raises StorageError."""
+    _commit(path, (data,), len(data))
+
+
+def _commit(path: Path, parts: Iterable[bytes], size_bytes: int) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    with _storage_errors(path, len(data)):
+    with _storage_errors(path, size_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -76,8 +80,13 @@ def read_json(path: Path) -> Any:
 
 def append_json(path: Path, value: Mapping[str, Any]) -> None:
     """Add one JSON line; a last line torn by an earlier kill is dropped first. Raises StorageError."""
-    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with _storage_errors(path, len(line)):
+    append_json_lines(path, (value,))
+
+
+def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Add JSON lines at the cost of one: a kill loses all of them, or some from the end. Raises StorageError."""
+    lines = b"".join(_json_line(value) for value in values)
+    with _storage_errors(path, len(lines)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
@@ -86,7 +95,7 @@ def append_json(path: Path, value: Mapping[str, Any]) -> None:
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(line)
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())
 
@@ -103,8 +112,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """Commit a whole JSON-lines file anew. Raises StorageError."""
-    write_text(path, "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values))
+    """Commit a whole JSON-lines file anew, in the memory of a line. Raises StorageError."""
+    _commit(path, map(_json_line, values), path.stat().st_size if path.exists() else 0)  # about as long as the one before
+
+
+def _json_line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, str] | None = None) -> None:

@@ -21,7 +21,7 @@ from engines.backends.export import RUNTIMES, onnx_path
 from engines.backends.torch_engine import TorchEngine
 from engines.data.batches import to_pixels, to_tensor
 from engines.data.decode import Pixels
-from engines.diffusion.guidance import classifier_free, prototype_guidance
+from engines.diffusion.guidance import ClassGradient, class_gradient, classifier_free, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import Denoiser, StepLog, sample
 from engines.diffusion.schedule import Schedule, make_schedule, respace
@@ -32,6 +32,7 @@ from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.synthesis import select
 from engines.synthesis.plan import ImageId, MadeWith, Model, Plan, make_plan
+from engines.synthesis.stopwatch import Stopwatch
 from engines.training import reuse
 
 NOTHING_YET = MadeWith()
@@ -65,12 +66,14 @@ class Maker:
         assert rows in (0, len(self.plan.names) + 1), "the label embedding has a row for each class and the null label"
         assert all(0 <= k < len(self.plan.names) for k in wanted)
 
-    def draw(self, images: Sequence[ImageId], log: Callable[[StepLog], None]) -> list[Drawn]:
+    def draw(self, images: Sequence[ImageId], log: Callable[[StepLog], None], networks: Stopwatch | None = None) -> list[Drawn]:
         """Sample a batch of images whose rows differ; free rows are filled with copies, so that the batch is always full.
 
         Args:
             log: called after each step; may raise to give the batch up.
+            networks: times the engine and the guide.
         """
+        timed = (networks or Stopwatch()).timed
         synth, batch_size = self.recipe.synth, self.recipe.synth.batch_size
         at = {image.row(batch_size): image for image in images}
         assert len(at) == len(images), "two images in one row"
@@ -80,24 +83,24 @@ class Maker:
         keys = [image_key(synth.seed, image.class_id, image.index) for image in rows]
         with torch.no_grad():
             x = sample(
-                denoiser(self.engine, y, synth.classifier_free_scale),
+                timed(denoiser(self.engine, y, synth.classifier_free_scale)),
                 self.schedule,
                 lambda step: batch_noise(keys, step, self.engine.card.shape),
-                self._guidance(y),
+                self._guidance(y, timed),
                 synth.sampler,
                 synth.eta,
                 synth.step_unit,
                 synth.clip_denoised,
                 log,
                 interval=synth.guidance_interval,
-                plain=denoiser(self.engine, y),
+                plain=timed(denoiser(self.engine, y)),
             )  # (B, C, H, W)
         finite = torch.isfinite(x).flatten(1).all(1).tolist()
         pixels = to_pixels(torch.where(torch.isfinite(x), x, 0.0))
         seen = None
         if select.is_on(self.recipe.select):
             assert self.guide is not None, "a selection looks with the guide"
-            seen = select.look(self.guide, to_tensor(pixels))  # as written: the figures can be found again from the file
+            seen = timed(select.look)(self.guide, to_tensor(pixels))  # as written: the figures can be found again from the file
         return [
             Drawn(image, pixels[row] if finite[row] else None, seen and (seen.features[row], seen.log_probs[row]))
             for row, image in sorted(at.items())
@@ -109,18 +112,19 @@ class Maker:
         diffusion = self.recipe.diffusion
         return respace(make_schedule(diffusion.noise_schedule, diffusion.steps), self.recipe.synth.steps)
 
-    def _guidance(self, y: Tensor) -> Any:
-        synth = self.recipe.synth
-        if self.guide is None or not synth.guidance_scale:
+    def _guidance(self, y: Tensor, timed: Callable[[ClassGradient], ClassGradient]) -> Any:
+        synth, guide = self.recipe.synth, self.guide
+        if guide is None or not synth.guidance_scale:
             return None
         return prototype_guidance(
-            self.guide.log_probs,
+            guide.log_probs,
             y,
             synth.guidance_scale,
             synth.guidance_scale_max,
             synth.scale_rule,
             synth.gradient_norm,
             synth.direction,
+            timed(lambda x, t, y: class_gradient(guide.log_probs, x, t, y)),
         )
 
 

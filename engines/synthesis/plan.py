@@ -54,7 +54,7 @@ class Plan:
         return list(self.identity["classes"])
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class ImageId:
     """An image's name within a plan."""
 

@@ -7,7 +7,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ Labels = npt.NDArray[np.int64]
 # ----------------------------------------------------------------------------------------------------------- one image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """What a synthesized PNG says about itself; a line of the manifest."""
 
@@ -122,13 +123,13 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
             text = image.text
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         record = Record(
-            plan=text["plan"],
+            plan=sys.intern(text["plan"]),  # equal in all images of a folder, which a shelf remembers
             class_id=int(text["class_id"]),
             class_name=class_name,
             index=int(text["index"]),
             seed=int(text["seed"]),
             pixels_sha256=text["pixels_sha256"],
-            versions=text["versions"],
+            versions=sys.intern(text["versions"]),
             figures=Figures(**{name: float(text[name]) if text[name] else None for name in Figures._fields}),
             dropped=_REASON[text["dropped"]],
         )
@@ -150,26 +151,19 @@ class Stored:
     record: Record
 
 
-def scan_class(folder: Path, names: Sequence[str], class_id: int, plan: str) -> tuple[dict[int, Stored], list[Path]]:
-    """Images of one class in a synthesis folder by index, and the files that look like one but are damaged or of another plan."""
-    good: dict[int, Stored] = {}
-    bad: list[Path] = []
+def scan_class(folder: Path, names: Sequence[str], class_id: int, plan: str) -> Iterator[tuple[Path, Stored | None]]:
+    """What looks like an image of a class in a synthesis folder, one after another; None where it is damaged or of another plan."""
     for kept in (True, False):
         place = (folder / image_path(names[class_id], class_id, 0, kept)).parent
-        for path in sorted(place.glob("*.png")):
-            match = _NAME.match(path.name)
-            if not match:
-                continue
-            try:
-                pixels, record = decode_png(read_regular_file(path, MAX_PNG_BYTES), names[class_id], str(path))
-            except DataError:
-                bad.append(path)
-                continue
-            if (record.plan, record.class_id, record.index, record.kept) != (plan, class_id, int(match[1]), kept):
-                bad.append(path)
-            else:
-                good[record.index] = Stored(pixels, record)
-    return good, bad
+        for name in sorted(path.name for path in place.iterdir()) if place.is_dir() else ():
+            if match := _NAME.match(name):
+                try:
+                    pixels, record = decode_png(read_regular_file(place / name, MAX_PNG_BYTES), names[class_id], str(place / name))
+                except DataError:
+                    yield place / name, None
+                    continue
+                ours = (record.plan, record.class_id, record.index, record.kept) == (plan, class_id, int(match[1]), kept)
+                yield place / name, Stored(pixels, record) if ours else None
 
 
 def read_images(folder: Path) -> tuple[Pixels, Labels]:
@@ -185,11 +179,13 @@ def read_images(folder: Path) -> tuple[Pixels, Labels]:
     images: list[Pixels] = []
     labels: list[int] = []
     for class_id in range(len(names)):
-        good, bad = scan_class(folder, names, class_id, plan["plan"])
-        if bad:
-            raise DataError(f"{bad[0]} is damaged or of another plan", "the same diffrc synth command makes it again")
-        kept = [good[index] for index in sorted(good) if good[index].record.kept]
-        images += [image.pixels for image in kept]
+        kept: dict[int, Pixels] = {}
+        for path, image in scan_class(folder, names, class_id, plan["plan"]):
+            if image is None:
+                raise DataError(f"{path} is damaged or of another plan", "the same diffrc synth command makes it again")
+            if image.record.kept:
+                kept[image.record.index] = image.pixels
+        images += [kept[index] for index in sorted(kept)]
         labels += [class_id] * len(kept)
     if not images:
         raise DataError(f"{folder} holds no synthesized images", remedy)

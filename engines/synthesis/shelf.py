@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from engines import store
 from engines.data.decode import Pixels, read_regular_file
@@ -67,6 +67,7 @@ class Shelf:
     images: dict[int, dict[int, Record]]  # class -> index; each asked class has an entry
     not_finite: int = 0
     made: dict[int, int] = field(default_factory=dict)
+    unlisted: list[Record] = field(default_factory=list)  # committed, not yet in the manifest
 
     @classmethod
     def open(cls, folder: Path, plan: Plan, wanted: Iterable[int]) -> Shelf:
@@ -81,10 +82,12 @@ class Shelf:
                 if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
                     raise ConflictError(f"{path} is a symbolic link", f"remove it; images are written inside {folder} only")
                 store.remove_temporaries(path)
-            good, bad = scan_class(folder, plan.names, k, plan.id)
-            for path in bad:
-                path.unlink()
-            shelf.images[k] = {index: image.record for index, image in good.items()}
+            found = shelf.images[k] = {}
+            for path, image in scan_class(folder, plan.names, k, plan.id):
+                if image:
+                    found[image.record.index] = image.record
+                else:
+                    path.unlink()
         shelf.write_manifest()
         return shelf
 
@@ -93,16 +96,22 @@ class Shelf:
         return sum(record.kept for record in self.images[class_id].values())
 
     def put(self, record: Record, png: bytes) -> None:
-        """Commit an image, then its line of the manifest."""
+        """Commit an image; `list_new` gives it its line of the manifest."""
         store.write_bytes(self.folder / record.path(), png)
-        store.append_json(self.folder / "manifest.jsonl", record.line())
+        self.unlisted.append(record)
         self.images[record.class_id][record.index] = record
         self.made[record.class_id] = self.made.get(record.class_id, 0) + 1
 
+    def list_new(self) -> None:
+        """Add the lines of the images that were committed since the last call to the manifest: one write for all of a batch."""
+        if self.unlisted:
+            store.append_json_lines(self.folder / "manifest.jsonl", (record.line() for record in self.unlisted))
+            self.unlisted.clear()
+
     def write_manifest(self) -> None:
         """The manifest, from what the images say about themselves, by class and index."""
-        lines = [self.images[k][i].line() for k in sorted(self.images) for i in sorted(self.images[k])]
-        store.write_text(self.folder / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        lines = (self.images[k][i].line() for k in sorted(self.images) for i in sorted(self.images[k]))
+        store.write_json_lines(self.folder / "manifest.jsonl", lines)
 
     def kept_records(self, class_id: int) -> list[Record]:
         """The records of the images of a class that the selection kept, by index."""
@@ -136,22 +145,21 @@ class Shelf:
 
 
 class Queue:
-    """Images still to be made: of each class the lowest free indices, as many as it lacks, one queue a row of the batch."""
+    """Images still to be made: of each class the lowest free indices, as many as it lacks, one queue a row of the batch.
+
+    They are named turn by turn over the classes when a row runs out, so that a long job needs no more memory than a short one.
+    """
 
     def __init__(self, shelf: Shelf, wanted: Mapping[int, int], recipe: Recipe) -> None:
         self.batch_size = recipe.synth.batch_size
         tries = recipe.select.max_tries if select.is_on(recipe.select) else 1.0
         self._last = {k: round(tries * n) for k, n in wanted.items()}  # the index that is not tried any more
-        self._taken = {k: set(shelf.images[k]) for k in wanted}
+        self._there = shelf.images
         self._next = dict.fromkeys(wanted, 0)
         self._rows: list[deque[ImageId]] = [deque() for _ in range(self.batch_size)]
-        lacking = {k: n - shelf.kept(k) for k, n in wanted.items()}
+        self._unnamed = {k: lack for k, n in wanted.items() if (lack := n - shelf.kept(k)) > 0}
         self.total = sum(wanted.values())
-        self.missing = sum(max(0, n) for n in lacking.values())
-        for turn in range(max(lacking.values(), default=0)):
-            for k, lack in lacking.items():
-                if turn < lack:
-                    self.add(k)
+        self.missing = sum(self._unnamed.values())
 
     def add(self, class_id: int, *, lost: bool = False) -> None:
         """Ask for one more image of a class; nothing where its tries are used up.
@@ -160,18 +168,21 @@ class Queue:
             lost: in place of one that was not finite, which is no try: `synth.max_bad` bounds those.
         """
         self._last[class_id] += lost
-        taken = self._taken[class_id]
         index = self._next[class_id]
-        while index in taken:
+        while index in self._there[class_id]:
             index += 1
         self._next[class_id] = index + 1
         if index < self._last[class_id]:
-            taken.add(index)
             image = ImageId(class_id, index)
             self._rows[image.row(self.batch_size)].append(image)
 
     def batch(self) -> list[ImageId]:
         """The next images, at most one a row; [] where none waits."""
+        while self._unnamed and not all(self._rows):
+            for k in list(self._unnamed):
+                self.add(k)
+                self._unnamed[k] -= 1
+            self._unnamed = {k: lack for k, lack in self._unnamed.items() if lack}
         return [row.popleft() for row in self._rows if row]
 
 
@@ -197,12 +208,12 @@ class GuidanceLog:
 
     def add(self, steps: Sequence[StepLog]) -> None:
         """Count one batch, unless an image in it was not finite: it has no averages."""
-        rows = [(step.t, tuple(float(value) for value in step[1:])) for step in steps]
-        if not np.isfinite([values for _, values in rows]).all():
+        rows = torch.stack([torch.stack(step[1:]) for step in steps]).tolist()  # (steps, 3), read from the device at once
+        if not np.isfinite(rows).all():
             return
         self._batches += 1
-        for t, values in rows:
-            self._sums[t] = [total + value for total, value in zip(self._sums.get(t, (0.0, 0.0, 0.0)), values, strict=True)]
+        for step, values in zip(steps, rows, strict=True):
+            self._sums[step.t] = [total + value for total, value in zip(self._sums.get(step.t, (0.0,) * 3), values, strict=True)]
 
     def write(self, folder: Path) -> None:
         """Commit the averages; nothing where no batch was made."""

@@ -1,7 +1,7 @@
 """Makes the images of a plan: batches side by side, files that survive a kill, resuming, signals.
 
 An image is a function of (plan, class, index) alone: see `maker`. Each batch runs on one thread, several side by side, so that
-the number of threads changes nothing either.
+the number of threads changes nothing either. While they draw, the main thread encodes and writes what is drawn.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import contextlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from engines import store
+from engines.backends.device import gpu_failures
 from engines.backends.export import onnx_path
 from engines.data.decode import Pixels
 from engines.data.images import ImageSet
@@ -35,9 +38,10 @@ from engines.synthesis import plan as plans
 from engines.synthesis.copies import Copies, find_copies
 from engines.synthesis.maker import Drawn, GivenUp, Maker, open_maker
 from engines.synthesis.plan import ImageId, Model
-from engines.synthesis.select import UNMEASURED, Band, class_bands, measure, reason_to_drop
+from engines.synthesis.select import UNMEASURED, Band, Figures, Reason, class_bands, measure, reason_to_drop
 from engines.synthesis.sheet import Record, SheetRow, contact_sheet, encode_png, pixels_sha256, versions_text
 from engines.synthesis.shelf import ClassYield, GuidanceLog, Queue, Shelf
+from engines.synthesis.stopwatch import Spent, Stopwatch
 
 GRACE_SECONDS = 20.0  # after a signal, batches that would take longer are given up; the same images come again
 REPORT_SECONDS = 0.5
@@ -62,6 +66,7 @@ class Synthesis:
     not_finite: int
     seconds: float  # of making them
     sheet: Path
+    spent: Spent  # what those seconds went into, over all threads
     copies: Copies | None = None  # None where nothing was compared with the training images
     copy_warnings: tuple[str, ...] = ()
 
@@ -155,6 +160,7 @@ def summary(parts: Sequence[Synthesis]) -> dict[str, Any]:
         "not_finite": sum(part.not_finite for part in parts),
         "seconds": sum(part.seconds for part in parts),
         "images_per_second": sum(part.made for part in parts) / max(sum(part.seconds for part in parts), 1e-9),
+        "outside_network": sum((part.spent for part in parts), Spent()).outside_network,
         "short": sum(c.short for part in parts for c in part.classes),
         "classes": [c.to_json() for part in parts for c in part.classes],
         "copies": {str(part.folder): _copies_of(part.copies) for part in parts if part.copies},
@@ -187,12 +193,15 @@ def make_folder(
         queue = Queue(shelf, wanted, maker.recipe)
         store.require_space(folder, queue.missing * (int(np.prod(maker.engine.card.shape)) * BYTES_PER_VALUE + BYTES_PER_IMAGE))
         bands = _bands(maker, originals, wanted)
-        _work(maker, bands, shelf, queue, GuidanceLog.open(folder), workers, report, stop)
+        work = _Work(maker, bands, shelf, queue, GuidanceLog.open(folder), workers, report, stop)
+        work.run()
+        ended = time.perf_counter()
         shelf.write_manifest()
         shelf.write_yield(wanted)
         sheet = folder / "sheet.png"
         store.write_bytes(sheet, contact_sheet(list(_sheet_rows(shelf, wanted, originals))))
         seconds = time.perf_counter() - started
+        spent = work.spent + Spent(worker=time.perf_counter() - ended)
         copies = find_copies(shelf, originals.train, guide, maker.recipe, workers, report, stop) if originals else None
     return Synthesis(
         folder,
@@ -204,6 +213,7 @@ def make_folder(
         shelf.not_finite,
         seconds,
         sheet,
+        spent,
         copies,
         tuple(copies.warnings(originals.train)) if copies and originals else (),
     )
@@ -215,98 +225,179 @@ def make_folder(
 class _Batch:
     """A batch on its way: how far it is, and whether it is to be given up."""
 
-    def __init__(self, images: Sequence[ImageId], steps: int) -> None:
+    def __init__(self, images: Sequence[ImageId], steps: int, free_since: float) -> None:
         self.images = images
         self.steps = steps
         self.log: list[StepLog] = []
-        self.started = time.perf_counter()
+        self.networks = Stopwatch()
+        self.free_since = free_since  # a worker waited for it since then
+        self.started = self.ended = time.perf_counter()
         self.given_up = threading.Event()
 
-    def step(self, figures: StepLog) -> None:
+    def draw(self, maker: Maker) -> list[Drawn]:
+        """In a thread of its own. Raises GivenUp, EngineError, and whatever else an engine may."""
+        try:
+            with gpu_failures():
+                return maker.draw(self.images, self._step, self.networks)
+        finally:
+            self.ended = time.perf_counter()
+
+    def _step(self, figures: StepLog) -> None:
         self.log.append(figures)
         if self.given_up.is_set():
             raise GivenUp
 
     @property
     def share(self) -> float:
-        return len(self.log) / (self.steps + 1)  # all of it only when its files are written
+        return len(self.log) / (self.steps + 1)  # all of it only when it is handed over
 
     @property
     def seconds_left(self) -> float:
         return (time.perf_counter() - self.started) * (1 - self.share) / self.share if self.log else float("inf")
 
-
-def _work(
-    maker: Maker, bands: Mapping[int, Band], shelf: Shelf, queue: Queue, log: GuidanceLog, workers: int, report: Report, stop: StopRequest
-) -> None:
-    def tell() -> None:
-        done = queue.total - queue.missing + made
-        under_way = sum(int(batch.share * len(batch.images)) for batch in running.values())
-        figures = {name: float(n) for name, n in (("dropped", dropped), ("not finite", shelf.not_finite)) if n}
-        report("synth", min(done + under_way, queue.total), queue.total, figures)
-
-    running: dict[Future[list[Drawn]], _Batch] = {}
-    made = dropped = 0
-    tell()
-    with ThreadPoolExecutor(workers, "synth", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            while True:
-                while len(running) < workers and not stop.requested and (images := queue.batch()):
-                    batch = _Batch(images, len(maker.schedule))
-                    running[pool.submit(maker.draw, images, batch.step)] = batch
-                if not running:
-                    break
-                if stop.requested:
-                    for batch in running.values():
-                        if batch.seconds_left > GRACE_SECONDS:
-                            batch.given_up.set()
-                for future in wait(running, REPORT_SECONDS, FIRST_COMPLETED).done:
-                    batch = running.pop(future)
-                    try:
-                        drawn = future.result()
-                    except GivenUp:
-                        continue
-                    log.add(batch.log)
-                    log.write(shelf.folder)
-                    for image in drawn:
-                        kept = _commit(maker, bands, shelf, image)
-                        made += kept
-                        dropped += image.pixels is not None and not kept
-                        if not kept:
-                            queue.add(image.image.class_id, lost=image.pixels is None)
-                tell()
-        finally:
-            for batch in running.values():
-                batch.given_up.set()
-    if stop.requested and made < queue.missing:
-        raise stop.error(f"{queue.total - queue.missing + made} of {queue.total} images are in {shelf.folder}")
+    @property
+    def spent(self) -> Spent:
+        return Spent(self.networks.seconds, self.ended - self.free_since)
 
 
-def _commit(maker: Maker, bands: Mapping[int, Band], shelf: Shelf, drawn: Drawn) -> bool:
-    """Write an image; whether it counts. Raises NumericsError when too many are not finite."""
-    k, pixels = drawn.image.class_id, drawn.pixels
-    if pixels is None:
-        shelf.not_finite += 1
-        if shelf.not_finite > maker.recipe.synth.max_bad:
+class _Work:
+    """Making what a queue lacks: batches side by side in threads; in the thread of `run` the files of those that are drawn.
+
+    A free thread gets its next batch before the files of its last one are written, unless as many images wait to be written as
+    all threads draw at once: so the threads wait for the disk only where it is slower than they are, and memory is bounded.
+    """
+
+    def __init__(
+        self,
+        maker: Maker,
+        bands: Mapping[int, Band],
+        shelf: Shelf,
+        queue: Queue,
+        log: GuidanceLog,
+        workers: int,
+        report: Report,
+        stop: StopRequest,
+    ) -> None:
+        self.maker, self.bands, self.shelf, self.queue, self.log = maker, bands, shelf, queue, log
+        self.workers, self.report, self.stop = workers, report, stop
+        self.running: dict[Future[list[Drawn]], _Batch] = {}
+        self.writes: deque[Callable[[], None]] = deque()
+        self.most_writes = workers * maker.recipe.synth.batch_size
+        self.free = deque([time.perf_counter()] * workers)  # since when each thread without a batch has had none
+        self.versions = versions_text(maker.plan.versions)
+        self.kept = self.dropped = 0
+        self.spent = Spent()
+
+    def run(self) -> None:
+        """Until nothing is left to make. Raises NumericsError, EngineError, StorageError, and Interrupted where it was asked to stop."""
+        self._tell()
+        with ThreadPoolExecutor(self.workers, "synth", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                while self._start(pool) or self.running or self.writes:
+                    self._give_up()
+                    self._collect()
+                    self._write(1)
+            finally:
+                for batch in self.running.values():
+                    batch.given_up.set()
+        if self.stop.requested and self.kept < self.queue.missing:
+            done = self.queue.total - self.queue.missing + self.kept
+            raise self.stop.error(f"{done} of {self.queue.total} images are in {self.shelf.folder}")
+
+    def _start(self, pool: ThreadPoolExecutor) -> bool:
+        """Give each free thread a batch. Whether any got one."""
+        started = False
+        while self.free and len(self.writes) < self.most_writes and not self.stop.requested and (images := self.queue.batch()):
+            batch = _Batch(images, len(self.maker.schedule), self.free.popleft())
+            self.running[pool.submit(batch.draw, self.maker)] = batch
+            started = True
+        return started
+
+    def _give_up(self) -> None:
+        if self.stop.requested:
+            for batch in self.running.values():
+                if batch.seconds_left > GRACE_SECONDS:
+                    batch.given_up.set()
+
+    def _collect(self) -> None:
+        """Take over what is drawn; waits for it where nothing else is to be done. What failed is raised when all else is written."""
+        failures = []
+        done = wait(self.running, 0 if self.writes else REPORT_SECONDS, FIRST_COMPLETED).done
+        for future in done:
+            batch = self.running.pop(future)
+            self.spent += batch.spent
+            self.free.append(batch.ended)
+            try:
+                self._take(batch, future.result())
+            except GivenUp:
+                continue
+            except Exception as failure:
+                failures.append(failure)
+        if done or not self.writes:
+            self._tell()
+        if failures:
+            self._write(len(self.writes))
+            raise failures[0]
+
+    def _take(self, batch: _Batch, drawn: Sequence[Drawn]) -> None:
+        """Judge the images of a batch, ask for others in the place of those that do not count, and queue what is to be written."""
+        self.writes.append(partial(self._write_log, batch.log))
+        for image in drawn:
+            k, pixels = image.image.class_id, image.pixels
+            if pixels is None:
+                self._count_not_finite(k)
+                self.queue.add(k, lost=True)
+                continue
+            figures = measure(*image.seen, k, self.bands.get(k)) if image.seen else UNMEASURED
+            dropped = reason_to_drop(figures, self.maker.recipe.select)
+            self.writes.append(partial(self._write_image, image.image, pixels, figures, dropped))
+            self.kept += not dropped
+            if dropped:
+                self.dropped += 1
+                self.queue.add(k)
+        self.writes.append(self.shelf.list_new)
+
+    def _count_not_finite(self, class_id: int) -> None:
+        self.shelf.not_finite += 1
+        if self.shelf.not_finite > self.maker.recipe.synth.max_bad:
+            name = shorten(self.maker.plan.names[class_id])
             raise NumericsError(
-                f"{shelf.not_finite} images were not finite and not written, the last of class {shorten(maker.plan.names[k])!r}",
+                f"{self.shelf.not_finite} images were not finite and not written, the last of class {name!r}",
                 "--engine torch tells whether the engine or the network is at fault",
             )
-        return False
-    figures = measure(*drawn.seen, k, bands.get(k)) if drawn.seen else UNMEASURED
-    record = Record(
-        plan=maker.plan.id,
-        class_id=k,
-        class_name=maker.plan.names[k],
-        index=drawn.image.index,
-        seed=maker.recipe.synth.seed,
-        pixels_sha256=pixels_sha256(pixels),
-        versions=versions_text(maker.plan.versions),
-        figures=figures,
-        dropped=reason_to_drop(figures, maker.recipe.select),
-    )
-    shelf.put(record, encode_png(pixels, record))
-    return record.kept
+
+    def _write(self, count: int) -> None:
+        """Write so many files of those that wait."""
+        began = time.perf_counter()
+        for _ in range(min(count, len(self.writes))):
+            self.writes.popleft()()
+        self.spent += Spent(worker=time.perf_counter() - began)
+
+    def _write_log(self, steps: Sequence[StepLog]) -> None:
+        self.log.add(steps)
+        self.log.write(self.shelf.folder)
+
+    def _write_image(self, image: ImageId, pixels: Pixels, figures: Figures, dropped: Reason) -> None:
+        plan = self.maker.plan
+        record = Record(
+            plan=plan.id,
+            class_id=image.class_id,
+            class_name=plan.names[image.class_id],
+            index=image.index,
+            seed=self.maker.recipe.synth.seed,
+            pixels_sha256=pixels_sha256(pixels),
+            versions=self.versions,
+            figures=figures,
+            dropped=dropped,
+        )
+        self.shelf.put(record, encode_png(pixels, record))
+
+    def _tell(self) -> None:
+        total = self.queue.total
+        done = total - self.queue.missing + self.kept
+        under_way = sum(int(batch.share * len(batch.images)) for batch in self.running.values())
+        figures = {name: float(n) for name, n in (("dropped", self.dropped), ("not finite", self.shelf.not_finite)) if n}
+        self.report("synth", min(done + under_way, total), total, figures)
 
 
 @contextlib.contextmanager

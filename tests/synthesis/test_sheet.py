@@ -115,7 +115,9 @@ def test_a_scan_trusts_only_images_of_the_plan_at_their_place(tmp_path: Path) ->
     put(image(seed=5), record_of(image(seed=5), class_id=1, index=5), at=image_path("black_swan", 2, 5))  # of another class
     store.write_bytes(tmp_path / image_path("black_swan", 2, 6), b"half a PNG")
     store.write_bytes(tmp_path / "black_swan-0002" / "holiday.png", b"not ours, left alone")
-    good, bad = scan_class(tmp_path, names, 2, PLAN)
+    found = list(scan_class(tmp_path, names, 2, PLAN))
+    good = {image.record.index: image for _, image in found if image}
+    bad = [path for path, image in found if image is None]
     assert sorted(good) == [0, 1]
     assert good[0].record.kept
     assert not good[1].record.kept

@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from engines.backends import openvino_engine, ort_engine
-from engines.backends.base import Engine, EngineFile, Kind, Precision, card_path, read_engine
+from engines.backends import openvino_engine, ort_engine, trt_engine
+from engines.backends.base import Engine, EngineFile, Kind, Precision, card_path, engine_path, read_card, read_engine
 from engines.backends.device import CPU, CudaStream, choose_device, device_name
 from engines.backends.openvino_engine import OpenVinoEngine
 from engines.backends.ort_engine import OrtEngine
+from engines.backends.trt_engine import PlanFile, TrtEngine
 from engines.errors import EngineError
 
 
@@ -26,10 +27,18 @@ class Build(NamedTuple):
         return f"{self.kind} {self.precision}"
 
 
-BUILDS = (Build("onnx", "fp32"), Build("openvino", "fp32"), Build("openvino", "bf16"))  # of an exported network, the safest first
+BUILDS = (  # of an exported network, the safest first
+    Build("onnx", "fp32"),
+    Build("openvino", "fp32"),
+    Build("openvino", "bf16"),
+    Build("onnx", "fp16"),  # right everywhere, and slow on a CPU, which casts each operand
+    Build("tensorrt", "fp32"),
+    Build("tensorrt", "bf16"),
+    Build("tensorrt", "fp16"),
+)
 
-EngineName = Literal["onnx", "openvino", "torch", "auto", "all"]
-PrecisionName = Literal["auto", "fp32", "bf16"]
+EngineName = Literal["onnx", "openvino", "tensorrt", "torch", "auto", "all"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def builds_of(engine: EngineName, precision: PrecisionName) -> tuple[Build, ...]:
@@ -38,17 +47,47 @@ def builds_of(engine: EngineName, precision: PrecisionName) -> tuple[Build, ...]
         build for build in BUILDS if engine in (build.kind, "auto", "all") and (precision == "auto" or build.precision == precision)
     )
     if not fitting:
-        raise EngineError(f"no {engine} engine computes in {precision}", "--engine openvino does, where the CPU can; or --precision fp32")
+        able = " or ".join(build.kind for build in BUILDS if build.precision == precision)
+        why = ": ONNX Runtime multiplies nothing in bf16 on a CPU" if (engine, precision) == ("onnx", "bf16") else ""
+        raise EngineError(
+            f"no {engine} engine computes in {precision}{why}", f"--engine {able} can, where the machine can; or --precision fp32"
+        )
     return fitting
 
 
-def require(build: Build) -> None:
-    """Raises EngineError where a build cannot run here: no such runtime, or not on this CPU. Ask before long work."""
+def source_of(build: Build) -> Build | None:
+    """The build whose ONNX file, and whose card, another is built from: a plan of TensorRT has one."""
+    return Build("onnx", build.precision) if build.kind == "tensorrt" else None
+
+
+def require(build: Build, opset: int = 0) -> None:
+    """Raises EngineError where a build cannot run here: no such runtime or device, or not in this precision. Ask before long work.
+
+    Args:
+        opset: of the ONNX file, where one is about to be made for it.
+    """
     if build.kind == "openvino":
         openvino_engine.require_runtime(build.precision)
+        if opset > openvino_engine.MAX_OPSET:
+            highest = openvino_engine.MAX_OPSET
+            raise EngineError(f"OpenVINO takes opsets up to {highest} here, not {opset}", f"--opset {highest}; or --engine onnx")
+    elif build.kind == "tensorrt":
+        trt_engine.CudaDevice()
     else:
-        assert build == Build("onnx", "fp32"), build
+        assert build.kind == "onnx", build
         ort_engine.require_runtime()
+
+
+def read(network: Path, build: Build) -> EngineFile:
+    """A build's file and card, which belong together; a plan's belong to this machine too. Raises EngineError.
+
+    Args:
+        network: the ONNX file in float32, by which all others are found: see `engine_path`.
+    """
+    path = engine_path(network, *build)
+    if source := source_of(build):
+        return trt_engine.read_file(path, read_card(engine_path(network, *source), *source))
+    return read_engine(path, *build)
 
 
 def device_of(build: Build, name: str) -> torch.device:
@@ -76,7 +115,7 @@ def device_of(build: Build, name: str) -> torch.device:
 
 
 def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0, device: torch.device = CPU) -> Engine:
-    """The engine of a file, on the runtime and in the precision of its card.
+    """The engine of a file, on the runtime and in the precision of its card. A plan was checked to be of this machine: see `read`.
 
     Args:
         origin: what it is called in messages.
@@ -84,8 +123,10 @@ def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0, device
         batch: the batch size that will be asked for; 0 = not known.
         device: see `device_of`.
 
-    Raises: as `OrtEngine` and `OpenVinoEngine` do.
+    Raises: as `OrtEngine`, `OpenVinoEngine` and `TrtEngine` do.
     """
+    if isinstance(file, PlanFile):
+        return TrtEngine(file.data, file.plan_card, origin)
     if file.card.kind == "openvino":
         return OpenVinoEngine(file, origin, threads, batch=batch)
     if device.type == "cuda":
@@ -114,11 +155,12 @@ def choose(
     command: str = "diffrc export",
     device: str = "auto",
 ) -> Choice:
-    """The fastest of the engines that were published for an ONNX file, by what was measured at export, among those that can run here.
+    """The fastest of a network's published engines, by what was measured at export, among those that can run here.
 
     A measurement of now would vary from call to call, and with it the engine, in whose name a folder of images is made.
 
     Args:
+        path: the network's ONNX file in float32, by which all others are found: see `engine_path`.
         builds: those that may be taken.
         check: raises EngineError for an engine that does not fit the job.
         made_with: the build, as text, that images to be continued were made with: it is taken where it can be.
@@ -127,7 +169,7 @@ def choose(
 
     Raises EngineError where none can be taken, with the reason of the first.
     """
-    published = [build for build in builds if path.is_file() and card_path(path, *build).is_file()]
+    published = [build for build in builds if all(file.is_file() for file in _files(path, build))]
     if not published:
         engine = f" --engine {builds[0].kind}" if len({build.kind for build in builds}) == 1 else ""
         precision = f" --precision {builds[0].precision}" if len(builds) == 1 else ""
@@ -138,7 +180,7 @@ def choose(
     places: dict[Build, torch.device] = {}
     for build in published:
         try:
-            file = read_engine(path, *build)
+            file = read(path, build)
             check(file)
             require(build)
             places[build] = device_of(build, device)
@@ -163,6 +205,12 @@ def choose(
     if elsewhere[taken]:
         why += f"; it runs on {places[taken].type} and was held to torch{elsewhere[taken]}: {command} does it here"
     return Choice(best, why.removeprefix("; "), places[taken])
+
+
+def _files(network: Path, build: Build) -> tuple[Path, Path]:
+    """An engine and its card."""
+    path = engine_path(network, *build)
+    return path, card_path(path, *build)
 
 
 def _build(file: EngineFile) -> Build:

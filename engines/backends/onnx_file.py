@@ -47,6 +47,21 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[s
     return model
 
 
+def to_opset(model: Any, opset: int) -> Any:
+    """The same graph in a later opset, for what later versions of its operators take; its operators mean the same there.
+
+    Raises EngineError where one of them cannot be carried over.
+    """
+    from onnx import version_converter
+
+    try:
+        converted = version_converter.convert_version(model, opset)
+    except Exception as error:  # of onnx's C++, which has no classes of its own
+        raise EngineError(f"ONNX cannot carry this network to opset {opset}: {first_line(error)}", "please report it") from error
+    strip(converted)
+    return converted
+
+
 def serialized(model: Any, properties: Mapping[str, str]) -> bytes:
     """The bytes of a model with its provenance as metadata; the same model gives the same bytes."""
     for key, value in properties.items():

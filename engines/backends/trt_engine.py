@@ -84,6 +84,13 @@ class PlanCard(BaseModel):
     build_seconds: float
 
 
+@dataclass(frozen=True)
+class PlanFile(EngineFile):
+    """A plan that is what its card says, of this machine."""
+
+    plan_card: PlanCard
+
+
 class Device(Protocol):
     """What this engine needs of a GPU. `CudaDevice` is the real one; that of the tests keeps its rules on a CPU."""
 
@@ -277,6 +284,7 @@ def make_plan(
             "kind": "tensorrt",
             "file_sha256": hashlib.sha256(built.plan).hexdigest(),
             "max_batch": batches.largest,
+            "device": device.gpu.name,
             "tolerance": tolerance,
             "versions": onnx.card.versions | {"tensorrt": str(device.tensorrt().__version__)},
         }
@@ -307,6 +315,17 @@ def differences(found: Build, expected: Build) -> list[str]:
     """`field: found, not expected` for every field that differs."""
     ours = expected.model_dump(mode="json")
     return [f"{name}: {value}, not {ours[name]}" for name, value in found.model_dump(mode="json").items() if value != ours[name]]
+
+
+def batches_of(onnx: EngineCard) -> Batches:
+    """The profile of a network's plan: from one image to what its ONNX file was checked for, best at the batch of synthesis."""
+    return Batches(1, onnx.measured_batch or onnx.max_batch, onnx.max_batch)
+
+
+def read_file(path: Path, onnx: EngineCard, device: Device | None = None) -> PlanFile:
+    """The plan of an exported network for this machine. Raises EngineError that names what does not fit."""
+    data, card = read_plan(path, wanted(onnx, batches_of(onnx), device or CudaDevice()))
+    return PlanFile(data, card.engine, card)
 
 
 def current(path: Path, expected: Build) -> PlanCard | None:

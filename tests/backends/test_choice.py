@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from engines.backends import choice
-from engines.backends.base import EngineFile, card_path
+from engines.backends.base import EngineFile, card_path, engine_path
 from engines.backends.choice import BUILDS, Build, builds_of, choose
 from engines.errors import EngineError
 
-ONNX, OPENVINO, BF16 = BUILDS
+ONNX, OPENVINO, BF16 = Build("onnx", "fp32"), Build("openvino", "fp32"), Build("openvino", "bf16")
+HALF = Build("onnx", "fp16")
 
 
 @pytest.fixture
@@ -23,10 +24,11 @@ def publish(exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
     def write(speeds: dict[Build, float]) -> Path:
         path = tmp_path / "target.onnx"
-        shutil.copy(exported.path, path)
         for build, ms in speeds.items():
+            file = engine_path(path, *build)
+            shutil.copy(exported.path, file)
             card = exported.card.model_copy(update={"kind": build.kind, "precision": build.precision, "ms_per_image": ms})
-            card_path(path, *build).write_text(card.model_dump_json(), encoding="utf-8")
+            card_path(file, *build).write_text(card.model_dump_json(), encoding="utf-8")
         return path
 
     return write
@@ -46,12 +48,27 @@ def test_the_fastest_is_taken_and_the_others_speeds_are_told(publish: Any) -> No
 def test_of_what_was_named_the_fastest_is_taken(publish: Any) -> None:
     path = publish({ONNX: 1.0, OPENVINO: 2.0, BF16: 3.0})
     assert choose(path, builds_of("openvino", "auto"), anything).build == OPENVINO
-    assert choose(path, builds_of("auto", "bf16"), anything) == (choose(path, (BF16,), anything).file, "")
+    assert choose(path, builds_of("auto", "bf16"), anything).file == choose(path, (BF16,), anything).file
     assert choose(path, builds_of("auto", "fp32"), anything).build == ONNX
 
 
+def test_each_file_lies_where_its_name_says(publish: Any) -> None:
+    network = Path("engines/onnx/target.onnx")
+    assert {str(build): str(engine_path(network, *build)) for build in BUILDS} == {
+        "onnx fp32": "engines/onnx/target.onnx",
+        "openvino fp32": "engines/onnx/target.onnx",
+        "openvino bf16": "engines/onnx/target.onnx",
+        "onnx fp16": "engines/onnx/target.fp16.onnx",
+        "tensorrt fp32": "engines/tensorrt/target.plan",
+        "tensorrt bf16": "engines/tensorrt/target.bf16.plan",
+        "tensorrt fp16": "engines/tensorrt/target.fp16.plan",
+    }
+    chosen = choose(publish({ONNX: 3.0, HALF: 9.0}), BUILDS, anything)
+    assert (chosen.build, choose(publish({ONNX: 3.0, HALF: 2.0}), builds_of("auto", "fp16"), anything).build) == (ONNX, HALF)
+
+
 def test_what_cannot_run_here_is_left_out_with_its_reason(publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def require(build: Build) -> None:
+    def require(build: Build, opset: int = 0) -> None:
         if build.kind == "openvino":
             raise EngineError("OpenVINO cannot be imported", "pip")
 
@@ -93,8 +110,19 @@ def test_images_are_continued_with_the_engine_that_made_them_where_it_still_can(
     assert choose(path, builds_of("openvino", "auto"), anything, made_with="onnx fp32").build == BF16, "what is named counts"
 
 
-@pytest.mark.parametrize(("engine", "precision"), [("onnx", "bf16")])
-def test_a_precision_that_an_engine_never_has_is_an_error(engine: Any, precision: Any) -> None:
-    with pytest.raises(EngineError, match="no onnx engine computes in bf16") as failure:
+@pytest.mark.parametrize(
+    ("engine", "precision", "able"),
+    [("onnx", "bf16", "--engine openvino or tensorrt can"), ("openvino", "fp16", "--engine onnx or tensorrt can")],
+)
+def test_a_precision_that_an_engine_never_has_is_an_error(engine: Any, precision: Any, able: str) -> None:
+    with pytest.raises(EngineError, match=f"no {engine} engine computes in {precision}") as failure:
         builds_of(engine, precision)
     assert failure.value.exit_code == 4
+    assert able in failure.value.remedy
+
+
+def test_an_opset_that_openvino_would_not_survive_is_refused_before_any_work() -> None:
+    pytest.importorskip("openvino")
+    choice.require(OPENVINO, 20)
+    with pytest.raises(EngineError, match="OpenVINO takes opsets up to 20 here, not 21"):
+        choice.require(OPENVINO, 21)

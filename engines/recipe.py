@@ -210,8 +210,10 @@ class ExportSection(Section):
     max_batch: Count = 64
     one_step_tolerance: Positive = 1e-5  # relative L2 of one evaluation against torch, in float32
     trajectory_psnr_db: Positive = 40.0  # of the worst image after 50 steps, against torch
-    bf16_one_step_tolerance: Positive = 2e-2  # the same two for engines that compute in bf16
+    label_agreement: Fraction = 0.99  # least share of those images that keep their label, by a recognizer or the guide
+    bf16_one_step_tolerance: Positive = 2e-2  # the same three for engines that compute in bf16
     bf16_trajectory_psnr_db: Positive = 30.0
+    bf16_label_agreement: Fraction = 0.97  # in fp16 as well
     fp16_one_step_tolerance: Positive = 5e-3  # and in fp16
     fp16_trajectory_psnr_db: Positive = 30.0
     gpu_one_step_tolerance: Positive = 1e-4  # in place of the first on a GPU in float32: its sums take another order
@@ -225,7 +227,7 @@ class SynthSection(Section):
     """Guided sampling, Eq. 13, and how many images are made."""
 
     model: Literal["target", "source"] = "target"
-    engine: Literal["onnx", "openvino", "tensorrt", "torch", "auto"] = "auto"  # "auto": the fastest that is exported and can run here
+    engine: Literal["onnx", "openvino", "torch", "auto"] = "auto"  # "auto": the fastest that is exported and can run here
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the engine; "auto": any that is exported; of torch: float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto": the GPU where torch sees one and the engine's runtime can use it
     compile: bool = False  # the torch engine by torch.compile, with CUDA graphs on a GPU; held to eager float32 at every start

@@ -28,6 +28,14 @@ def _one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_gate() -> None:
+    """Trajectories of 64 images would take longer than all else in the tests of engines."""
+    from engines.backends import gate
+
+    gate.TRAJECTORY_IMAGES = 8
+
+
 @pytest.fixture
 def diffrc(tmp_path: Path) -> Diffrc:
     """diffrc("recipe", "ls", COLUMNS="40") -> the finished process, its output as text. It starts in tmp_path."""

@@ -51,6 +51,10 @@ class EngineCard(BaseModel):
     one_step_error: float  # the worst that was measured
     trajectory_psnr_db: float  # of a short trajectory, the worst image
     self_test: tuple[float, ...]  # torch's values at `example_input`, thinned out
+    trajectory_median_psnr_db: float = 0.0
+    trajectory_images: int = 0  # that were compared
+    label_agreement: float = 0.0  # share of them that keep the label torch's have; 0 where `labels_by` is ""
+    labels_by: Literal["", "recognizer", "guide"] = ""  # what said which class they are of
     measured_batch: int = 0  # batch of the next two: the one that synth runs; 0 = not measured
     ms_per_image: float = 0.0  # of one evaluation, when it was exported, on all processors
     torch_ms_per_image: float = 0.0  # of torch in the same minute

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines import recipe as recipes
-from engines.backends import choice
+from engines import store
+from engines.backends import choice, gate
 from engines.backends.base import (
     Engine,
     EngineCard,
@@ -28,12 +30,13 @@ from engines.backends.base import (
     write_engine,
 )
 from engines.backends.choice import BUILDS, Build
-from engines.backends.gate import limits_of, ms_per_image, one_step_error, trajectory_psnr_db, trajectory_steps
+from engines.backends.gate import Labeler
 from engines.backends.onnx_file import serialized, to_onnx
 from engines.backends.ort_engine import OUTPUT, input_names
 from engines.backends.torch_engine import TorchEngine
 from engines.diffusion.schedule import Schedule, make_schedule
-from engines.errors import EngineError, NumericsError, ParityError
+from engines.errors import DataError, EngineError, NumericsError, ParityError, UsageError
+from engines.networks.resnet import ARCHITECTURES
 from engines.networks.unet import UNet, parameter_count
 from engines.progress import Report, silent
 from engines.recipe import ExportSection, Recipe
@@ -64,6 +67,7 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
     recipe = run.recipe
     cards: list[EngineCard] = []
     models, builds = models or (recipe.synth.model,), builds or builds_of_recipe(recipe)
+    labeler: Callable[[], Labeler | None] = functools.cache(lambda: labeler_of(run))
     for model in models:
         unet, path = load_unet(run, model), onnx_path(run, model)
         for build in builds:
@@ -74,7 +78,7 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
                 schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
                 data = _exported(path, unet, recipe)
                 digest = export_digest(recipe)
-                card = export_onnx(unet, schedule, path, recipe.export, digest, build, recipe.synth.batch_size, data)
+                card = export_onnx(unet, schedule, path, recipe.export, digest, build, recipe.synth.batch_size, data, labeler())
                 run.add_cost(f"export.{model}", time.perf_counter() - started)
             cards.append(card)
     report("export", len(cards), len(cards), {})
@@ -94,6 +98,25 @@ def onnx_path(run: RunFolder, model: Model) -> Path:
     return run.engines / "onnx" / f"{model}.onnx"
 
 
+def labeler_of(run: RunFolder) -> Labeler | None:
+    """What says which class an image of a run is of: a recognizer that the run keeps, else its guide; None where neither is trained.
+
+    Any classifier that knows the classes shows whether an engine changes what an image is of, whatever it was trained for.
+    """
+    from engines.training.stages import load_guide
+
+    recipe, classes = run.recipe, len(run.classes()["names"])
+    for path in sorted((run.evaluation / "judge").glob("*.safetensors")):
+        recognizer = ARCHITECTURES[recipe.recognizer.architecture](recipe.data.image_channels, classes, None)
+        with contextlib.suppress(DataError, RuntimeError):  # damaged, or of another architecture: the guide is there
+            recognizer.load_state_dict(store.read_tensors(path))
+            return gate.recognizer_labeler(recognizer.eval())
+    try:
+        return gate.guide_labeler(load_guide(run).eval())
+    except UsageError:
+        return None
+
+
 def export_digest(recipe: Recipe) -> str:
     """sha256 of the sections that shape a network and its export."""
     sections = {name: getattr(recipe, name).model_dump(mode="json") for name in ("unet", "diffusion", "export")}
@@ -109,6 +132,7 @@ def export_onnx(
     build: Build = BUILDS[0],
     batch: int = 0,
     data: bytes = b"",
+    labeler: Labeler | None = None,
 ) -> EngineCard:
     """Write `path` and the card of one engine that runs it, if and only if that engine gives torch's numbers.
 
@@ -123,6 +147,7 @@ def export_onnx(
         build: the runtime and its precision.
         batch: the batch size of synthesis, at which its speed is measured; 0 = the largest.
         data: the ONNX file where it was made before, for another build; empty = made now.
+        labeler: says which class an image is of; see `labeler_of`.
 
     Raises:
         ParityError: a number disagrees, in the build's precision or before that in float32; nothing is written, what was measured is told.
@@ -131,7 +156,7 @@ def export_onnx(
         StorageError: the file cannot be written.
     """
     choice.require(build)
-    reference, limits = TorchEngine(unet, len(schedule), settings.max_batch), limits_of(settings, build.precision)
+    reference, limits = TorchEngine(unet, len(schedule), settings.max_batch), gate.limits_of(settings, build.precision)
     card = reference.card.model_copy(
         update={
             "kind": build.kind,
@@ -151,17 +176,8 @@ def export_onnx(
     if build.precision != "fp32":
         _require_twin(EngineFile(data, card), path, settings, reference, batch)
     engine = choice.load(EngineFile(data, card), f"{path.name} on {build}", batch=batch)
-    error, psnr = one_step_error(engine, reference, batch), trajectory_psnr_db(engine, reference, schedule)
-    if not (error <= limits.one_step_tolerance and psnr >= limits.trajectory_psnr_db):  # also where one is not a number
-        raise ParityError(
-            f"{path.name} on {build} disagrees with torch: relative error {error:.2g} of one evaluation, "
-            f"{limits.one_step_tolerance:.2g} allowed; {psnr:.1f} dB after {trajectory_steps(schedule)} steps of DDIM, "
-            f"at least {limits.trajectory_psnr_db:.1f} dB asked for; nothing was written",
-            f"report it, or loosen export.{limits.prefix}one_step_tolerance or export.{limits.prefix}trajectory_psnr_db",
-        )
-    ms, torch_ms = ms_per_image((engine, reference), batch)
-    measured = {"one_step_error": error, "trajectory_psnr_db": psnr, "measured_batch": batch, "ms_per_image": ms}
-    card = card.model_copy(update={**measured, "torch_ms_per_image": torch_ms})
+    parity = gate.hold(engine, reference, schedule, limits, batch, f"{path.name} on {build}", labeler)
+    card = card.model_copy(update=parity._asdict())
     write_engine(path, data, card)
     return card
 
@@ -173,7 +189,7 @@ def _require_twin(file: EngineFile, path: Path, settings: ExportSection, referen
     """
     limit, origin = settings.one_step_tolerance, f"{path.name} on {file.card.kind} fp32"
     card = file.card.model_copy(update={"precision": "fp32", "tolerance": limit})
-    error = one_step_error(choice.load(EngineFile(file.data, card), origin, batch=batch), reference, batch)
+    error = gate.one_step_error(choice.load(EngineFile(file.data, card), origin, batch=batch), reference, batch)
     if not error <= limit:
         raise ParityError(
             f"{origin} disagrees with torch: relative error {error:.2g} of one evaluation, {limit:.2g} allowed; "

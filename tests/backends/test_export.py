@@ -123,9 +123,10 @@ def test_each_half_of_the_gate_closes_without_the_other(exported: Any, tmp_path:
     data = exported.path.read_bytes()
     monkeypatch.setattr(export, "onnx_bytes", lambda *_: data)
     nan = float("nan")
-    for check, value in (("one_step_error", 1.0), ("one_step_error", nan), ("trajectory_psnr_db", 39.9), ("trajectory_psnr_db", nan)):
+    psnr = [torch.tensor([90.0, value]) for value in (39.9, nan)]
+    for check, value in (("one_step_error", 1.0), ("one_step_error", nan), ("psnr_db", psnr[0]), ("psnr_db", psnr[1])):
         with monkeypatch.context() as patch:
-            patch.setattr(export, check, lambda *_, value=value: value)
+            patch.setattr(gate, check, lambda *_, value=value: value)
             with pytest.raises(ParityError, match="nothing was written"):
                 export.export_onnx(exported.unet, exported.schedule, tmp_path / "target.onnx", exported.settings)
     assert not any(tmp_path.iterdir())

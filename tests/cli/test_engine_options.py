@@ -13,7 +13,7 @@ import pytest
 
 from diffrc_cli.app import main
 from engines import store
-from engines.backends import choice, export
+from engines.backends import choice, gate
 from engines.backends.choice import BUILDS, Build
 from engines.errors import EngineError
 
@@ -132,11 +132,12 @@ def test_batch_and_opset_reach_the_card(call: Call) -> None:
 
 def test_a_wrong_engine_ends_with_code_6_its_numbers_and_nothing_published(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree("runs/digits-lt/engines")
-    real: Any = export.one_step_error
-    monkeypatch.setattr(export, "one_step_error", lambda *arguments: real(*arguments) + 0.5)
+    real: Any = gate.one_step_error
+    monkeypatch.setattr(gate, "one_step_error", lambda *arguments: real(*arguments) + 0.5)
     done = call("export")
     assert done.code == 6
     assert "relative error 0.5 of one evaluation, 1e-05 allowed" in done.err
-    assert "dB after 50 steps of DDIM, at least 40.0 dB asked for; nothing was written" in done.err
+    assert "(the worst of 8 images; the median " in done.err
+    assert "at least 40.0 dB asked for; 0 of 8 labels changed (by guide), 1 allowed; nothing was written" in done.err
     assert not list(Path("runs/digits-lt").rglob("*.onnx"))
     assert not list(Path("runs/digits-lt").rglob("target*.json"))

@@ -227,7 +227,7 @@ class SynthSection(Section):
     """Guided sampling, Eq. 13, and how many images are made."""
 
     model: Literal["target", "source"] = "target"
-    engine: Literal["onnx", "openvino", "torch", "auto"] = "auto"  # "auto": the fastest that is exported and can run here
+    engine: Literal["onnx", "openvino", "tensorrt", "torch", "auto"] = "auto"  # "auto": the fastest that is exported and can run here
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the engine; "auto": any that is exported; of torch: float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto": the GPU where torch sees one and the engine's runtime can use it
     compile: bool = False  # the torch engine by torch.compile, with CUDA graphs on a GPU; held to eager float32 at every start

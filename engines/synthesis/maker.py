@@ -7,6 +7,7 @@ kernels may round differently from row to row.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engines.backends import choice
 from engines.backends.base import Engine, EngineFile, package_versions, weights_sha256
+from engines.backends.device import CPU, OutOfMemory, choose_device, exact_float32, gpu_failures
 from engines.backends.export import RUNTIMES, onnx_path
 from engines.backends.torch_engine import TorchEngine
 from engines.data.batches import to_pixels, to_tensor
@@ -59,6 +61,12 @@ class Maker:
     model: Model
     engine: Engine
     guide: Guide | None
+    device: torch.device = CPU  # where x, the schedule and the guide are
+
+    @property
+    def parallel(self) -> int:
+        """Batches that had best run side by side: one a processor on a CPU, one on a GPU, which a batch fills by itself."""
+        return 1 if self.device.type == "cuda" else len(os.sched_getaffinity(0))
 
     def check_classes(self, wanted: Iterable[int]) -> None:
         """Hold the engine to the class table."""
@@ -72,6 +80,8 @@ class Maker:
         Args:
             log: called after each step; may raise to give the batch up.
             networks: times the engine and the guide.
+
+        Raises: OutOfMemory, EngineError where the GPU fails.
         """
         timed = (networks or Stopwatch()).timed
         synth, batch_size = self.recipe.synth, self.recipe.synth.batch_size
@@ -79,13 +89,14 @@ class Maker:
         assert len(at) == len(images), "two images in one row"
         spare = itertools.cycle(images)
         rows = [at.get(row) or next(spare) for row in range(batch_size)]
-        y = torch.tensor([image.class_id for image in rows])
+        y = torch.tensor([image.class_id for image in rows], device=self.device)
         keys = [image_key(synth.seed, image.class_id, image.index) for image in rows]
-        with torch.no_grad():
-            x = sample(
+
+        def drawn() -> Tensor:
+            return sample(
                 timed(denoiser(self.engine, y, synth.classifier_free_scale)),
                 self.schedule,
-                lambda step: batch_noise(keys, step, self.engine.card.shape),
+                lambda step: self._noise(keys, step),
                 self._guidance(y, timed),
                 synth.sampler,
                 synth.eta,
@@ -95,6 +106,9 @@ class Maker:
                 interval=synth.guidance_interval,
                 plain=timed(denoiser(self.engine, y)),
             )  # (B, C, H, W)
+
+        with torch.no_grad(), exact_float32(self.device):
+            x = _tried_again(drawn)
         finite = torch.isfinite(x).flatten(1).all(1).tolist()
         pixels = to_pixels(torch.where(torch.isfinite(x), x, 0.0))
         seen = None
@@ -110,7 +124,12 @@ class Maker:
     def schedule(self) -> Schedule:
         """The timesteps that the sampler visits; as many evaluations of the network (twice as many with classifier-free guidance)."""
         diffusion = self.recipe.diffusion
-        return respace(make_schedule(diffusion.noise_schedule, diffusion.steps), self.recipe.synth.steps)
+        return respace(make_schedule(diffusion.noise_schedule, diffusion.steps), self.recipe.synth.steps).to(self.device)
+
+    def _noise(self, keys: Sequence[int], step: int) -> Tensor:
+        """Drawn on the CPU whatever the device: a seed means the same image everywhere."""
+        noise = batch_noise(keys, step, self.engine.card.shape)
+        return noise if self.device == CPU else noise.pin_memory().to(self.device, non_blocking=True)  # no wait for the steps before
 
     def _guidance(self, y: Tensor, timed: Callable[[ClassGradient], ClassGradient]) -> Any:
         synth, guide = self.recipe.synth, self.guide
@@ -141,23 +160,26 @@ def open_maker(run: RunFolder, model: Model, made_with: MadeWith = NOTHING_YET, 
 
     recipe = run.recipe
     unet = load_unet(run, model)
-    engine = _engine(run, model, unet, made_with, tell)
+    engine, device = _engine(run, model, unet, made_with, tell)
     guide = load_guide(run) if recipe.synth.guidance_scale or select.is_on(recipe.select) else None
     packages = ("diffrc", "numpy", "pillow", "torch", *RUNTIMES.get(engine.card.kind, ()))
     guide_sha256 = weights_sha256(guide) if guide else ""
-    plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, package_versions(packages))
+    plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, package_versions(packages), device=device.type)
     plan = replace(plan, stages={stage: reuse.mark(run.path, stage) for stage in (model, *(("guide",) if guide else ()))})
-    return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False) if guide else None)
+    return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False).to(device) if guide else None, device)
 
 
-def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell: Callable[[str], None]) -> Engine:
+def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell: Callable[[str], None]) -> tuple[Engine, torch.device]:
+    """An engine and where it runs."""
     synth = run.recipe.synth
+    device = made_with.device if synth.device == "auto" and made_with.device else synth.device
     if synth.engine == "torch":
         if synth.precision == "bf16":
             raise EngineError(
                 "the torch engine is the float32 reference and computes in nothing else", "--engine openvino --precision bf16"
             )
-        return TorchEngine(unet, run.recipe.diffusion.steps, synth.batch_size)
+        place = choose_device(device)
+        return TorchEngine(unet.to(place), run.recipe.diffusion.steps, synth.batch_size), place
     path, command, weights = onnx_path(run, model), _export_command(run, model), weights_sha256(unet)
 
     def check(file: EngineFile) -> None:
@@ -170,10 +192,31 @@ def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell:
                 f"{command} --batch {synth.batch_size}",
             )
 
-    chosen = choice.choose(path, choice.builds_of(synth.engine, synth.precision), check, made_with.build, command)
+    chosen = choice.choose(path, choice.builds_of(synth.engine, synth.precision), check, made_with.build, command, device)
     if chosen.why:
         tell(f"engine: {chosen.build} ({chosen.why})")
-    return choice.load(chosen.file, f"{path} on {chosen.build}", threads=1, batch=synth.batch_size)
+    engine = choice.load(chosen.file, f"{path} on {chosen.build}", threads=1, batch=synth.batch_size, device=chosen.device)
+    return engine, chosen.device
+
+
+def _tried_again(drawn: Callable[[], Tensor]) -> Tensor:
+    """A batch, once more where the GPU's memory was short: often it was another's, and is free again.
+
+    Whole, not in halves: kernels are chosen by the size of a batch and round by the row in it, so halves would make other images
+    than the plan's. Raises OutOfMemory where memory is short again, EngineError where the GPU fails.
+    """
+    with gpu_failures():
+        try:
+            return drawn()
+        except (OutOfMemory, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        try:
+            return drawn()
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(
+                f"the GPU has too little memory for a batch, twice: {str(error).splitlines()[0]}",
+                "free it, then the same command continues; or --set synth.batch_size=N with a smaller N and another --out DIR",
+            ) from error
 
 
 def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0) -> Denoiser:

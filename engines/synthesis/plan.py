@@ -22,7 +22,8 @@ from engines.training import reuse
 Model = Literal["target", "source"]
 
 PLAN_FILE = "plan.json"
-_NOT_PIXELS = ("model", "engine", "precision", "fused", "fill_to", "max_bad")  # of [synth]: the first four are named by what they stand for
+# Of [synth]; all but the last two are named by what they stand for.
+_NOT_PIXELS = ("model", "engine", "precision", "device", "compile", "fused", "fill_to", "max_bad")
 _GOLDEN = 40503  # / 2^16, the golden ratio's fraction: spreads the classes' first rows evenly over a batch
 _SHOWN = 3  # differing keys in a message
 
@@ -74,6 +75,8 @@ def make_plan(
     guide_sha256: str,
     versions: Mapping[str, str],
     guided_sha256: str = "",
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> Plan:
     """The plan of a run.
 
@@ -82,6 +85,8 @@ def make_plan(
         card: of the engine that will run.
         guide_sha256: of the guide's weights; "" where nothing needs it.
         guided_sha256: of the file that makes guided steps in one graph; "" where the network and torch's guide make them.
+        device: the kind of device that they run on, "cpu" or "cuda".
+        compiled: the torch engine is; see `TorchEngine`.
     """
     identity: dict[str, Any] = {
         "format": 1,
@@ -101,8 +106,13 @@ def make_plan(
     }
     synth = recipe.synth.model_dump(mode="json")
     identity |= {f"synth.{key}": value for key, value in synth.items() if key not in _NOT_PIXELS}
-    if guided_sha256:  # where there is none, the plan is that of versions that knew no such file
+    # What is not the case goes unmentioned: the plan is then that of versions that knew no such thing.
+    if guided_sha256:
         identity["guided_step.file_sha256"] = guided_sha256
+    if device != "cpu":
+        identity["engine.device"] = device
+    if compiled:
+        identity["engine.compiled"] = True
     return Plan(identity, versions)
 
 
@@ -135,6 +145,7 @@ class MadeWith(NamedTuple):
 
     build: str = ""  # runtime and precision, as `choice.Build` writes itself; "" where there are no images
     guided_sha256: str | None = None  # of the file that made guided steps in one graph; "" = there was none; None = there are no images
+    device: str = ""  # "cpu" or "cuda"; "" where there are no images
 
 
 def made_with(folder: Path) -> MadeWith:
@@ -142,7 +153,8 @@ def made_with(folder: Path) -> MadeWith:
     stored = store.read_json(folder / PLAN_FILE).get("identity", {}) if (folder / PLAN_FILE).is_file() else {}
     if not stored:
         return MadeWith()
-    return MadeWith(f"{stored['engine.kind']} {stored['engine.precision']}", stored.get("guided_step.file_sha256", ""))
+    build = f"{stored['engine.kind']} {stored['engine.precision']}"
+    return MadeWith(build, stored.get("guided_step.file_sha256", ""), stored.get("engine.device", "cpu"))
 
 
 def require_current(run: RunFolder) -> None:

@@ -56,9 +56,10 @@ def is_on(select: SelectSection) -> bool:
 
 @torch.no_grad()
 def look(guide: Guide, x: Tensor) -> Look:
-    """One pass of the guide at t = 0: x (B, C, H, W) in [-1, 1]."""
+    """One pass of the guide at t = 0: x (B, C, H, W) in [-1, 1], on any device. What it saw is on the CPU."""
+    x = x.to(guide.prototypes.device)
     features = guide(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))  # (B, D)
-    return Look(features, prototype_log_probs(features, guide.prototypes, guide.log_prior, guide.tau))
+    return Look(features.cpu(), prototype_log_probs(features, guide.prototypes, guide.log_prior, guide.tau).cpu())
 
 
 def class_band(features: Tensor) -> Band:

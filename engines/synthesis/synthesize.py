@@ -7,7 +7,6 @@ the number of threads changes nothing either. While they draw, the main thread e
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import deque
@@ -108,7 +107,7 @@ def synthesize(
         wanted: images by class id; see `plan.asked_classes` and `plan.fill_classes`.
         out: where to; default the run's own folder.
         originals: the run's data, for the contact sheet and the search for copies; a distance band needs them.
-        workers: batches that run side by side; 0 = one a processor.
+        workers: batches that run side by side; 0 = as many as the maker says.
         make_room: keep images of another plan in the run's `stale/`, rather than refuse to mix them with these.
         tell: hears which engine was chosen and why, where `synth.engine` and `synth.precision` leave a choice.
 
@@ -136,7 +135,7 @@ def synthesize(
         try:
             with catch_signals() as stop:
                 guide = maker.guide or _trained_guide(run)
-                results.append(make_folder(folder, maker, classes, originals, workers or _processors(), report, stop, guide))
+                results.append(make_folder(folder, maker, classes, originals, workers or maker.parallel, report, stop, guide))
         finally:
             run.add_cost("synth", time.perf_counter() - started)
     return results
@@ -441,7 +440,3 @@ def _trained_guide(run: RunFolder) -> Guide | None:
         return load_guide(run).requires_grad_(False)
     except UsageError:  # not trained: nothing but the comparison of features would have needed it
         return None
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0))

@@ -29,7 +29,7 @@ from engines.errors import UsageError
 from engines.evaluation.cells import Cell
 from engines.evaluation.fidelity import (
     Gaussian,
-    bootstrap_deviation,
+    bootstrap,
     class_distances,
     class_weights,
     fit,
@@ -55,6 +55,11 @@ Labels = npt.NDArray[np.int64]
 VERSION = 1  # raise it when a change of the code changes what a cell would hold
 TIMING_FILE = "timing.json"
 MEASURES = ("frechet", "frechet_train", "hit_rate", "diversity")
+LOSSES: dict[str, Callable[[Floats], Floats]] = {  # a measure as a loss
+    "frechet": lambda distance: distance,
+    "hit_rate": lambda percent: -percent,
+    "diversity": lambda ratio: -np.minimum(ratio, 1.0),  # as varied as real images is enough: beyond lies what is no image
+}
 TOLD_APART = 2.0  # standard deviations of a difference
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -77,7 +82,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the standard deviation of it over images drawn again (`bootstrap_deviation`), or over splits."""
+    """A figure and its standard deviation over images drawn again (`bootstrap`), or over splits."""
 
     value: float
     spread: float
@@ -99,6 +104,7 @@ class Row:
     frechet_train: Estimate  # to the training images
     hit_rate: Estimate  # percent
     diversity: Estimate  # 1 = that of the test images
+    loss: Mapping[str, Estimate]  # of each of LOSSES against the cell of least Frechet distance, image by image; above 0 = worse
     folder: str
 
 
@@ -134,7 +140,8 @@ class Quality:
 def advice(quality: Quality) -> str:
     """The cheapest cell that cannot be told from the best one, which is that of the least Frechet distance, and what it saves."""
     best = min(quality.rows, key=lambda row: row.frechet.value)
-    choice = min((row for row in quality.rows if _as_good(row, best)), key=lambda row: (row.evaluations, row.frechet.value))
+    alike = [row for row in quality.rows if all(loss.value <= TOLD_APART * loss.spread for loss in row.loss.values())]
+    choice = min(alike, key=lambda row: (row.evaluations, row.frechet.value))
     if choice is best:
         return f"Best is {_figures(best, quality)}. None that is cheaper comes as near as {quality.images:,} images a cell can tell."
     return (
@@ -155,16 +162,6 @@ def _times(dear: Row, cheap: Row) -> str:
     if dear.seconds_per_image and cheap.seconds_per_image:
         told += f" and {dear.seconds_per_image / cheap.seconds_per_image:.2g} times the seconds"
     return told
-
-
-def _as_good(row: Row, best: Row) -> bool:
-    """Not worse in any measure by more than chance explains; less varied is worse, more varied is not."""
-    losses = (
-        (row.frechet.value - best.frechet.value, row.frechet, best.frechet),
-        (best.hit_rate.value - row.hit_rate.value, row.hit_rate, best.hit_rate),
-        (best.diversity.value - row.diversity.value, row.diversity, best.diversity),
-    )
-    return row is best or all(loss <= TOLD_APART * float(np.hypot(a.spread, b.spread)) for loss, a, b in losses)
 
 
 def _plain(estimate: Estimate, digits: int) -> str:
@@ -231,17 +228,19 @@ def bench_quality(
     with store.locked(folder), catch_signals() as stop:
         judge = open_judge(run, longtail, _stopping(report, stop))
         reference = _Reference.of(judge, longtail, classes)
-        rows: list[Row] = []
+        results: list[Mapping[str, Any]] = []
         for setting, recipe in zip(settings, every, strict=True):
             if stop.requested:
-                raise stop.error(f"{len(rows)} of {len(every)} cells are measured and kept in {folder}")
+                raise stop.error(f"{len(results)} of {len(every)} cells are measured and kept in {folder}")
             wanted = dict.fromkeys(classes, each)
             cell = _cell(folder, RunFolder(run.path, recipe), judge, reference, wanted, workers or _processors(), stop, tell_once)
             result = cell.stored()
             if result is None:
                 result = {"digest": cell.digest, **cell.make(_named_report(setting, report))}
                 store.write_json(cell.path, result)
-            rows.append(_row(setting, recipe, result))
+            results.append(result)
+        best = min(results, key=lambda result: float(result["frechet"]))
+        rows = [_row(setting, recipe, result, best) for setting, recipe, result in zip(settings, every, results, strict=True)]
         quality = Quality(
             classes=tuple(longtail.names[k] for k in classes),
             images=each * len(classes),
@@ -355,7 +354,7 @@ def _cell(
 
 
 def measure(judge: Judge, reference: _Reference, pixels: Pixels, labels: Labels) -> dict[str, Any]:
-    """The figures of generated images, (N, H, W, C) uint8 and the classes that were asked, (N,), as plain JSON values."""
+    """The figures of generated images, (N, H, W, C) uint8 and the classes that were asked, (N,), and over their bootstrap."""
     features, predicted = judge.look(pixels)
     (test, train), real = reference.gaussians(), class_distances(reference.test, reference.test_labels)
 
@@ -365,8 +364,11 @@ def measure(judge: Judge, reference: _Reference, pixels: Pixels, labels: Labels)
         diversity = intra_class_diversity(class_distances(seen, asked), real)
         return [frechet_distance(gaussian, test), frechet_distance(gaussian, train), hit_rate(predicted[chosen], asked), diversity]
 
-    estimates = zip(figures(np.arange(len(labels))), bootstrap_deviation(figures, labels), strict=True)
-    return dict(zip(MEASURES, (asdict(Estimate(*pair)) for pair in estimates), strict=True))
+    drawn = bootstrap(figures, labels)  # (R, 4)
+    return {
+        **dict(zip(MEASURES, figures(np.arange(len(labels))), strict=True)),
+        "bootstrap": {measure: np.round(column, 6).tolist() for measure, column in zip(MEASURES, drawn.T, strict=True)},
+    }
 
 
 def evaluations(recipe: Recipe) -> int:
@@ -393,7 +395,8 @@ def _timing(folder: Path, seconds: float, made: int) -> float | None:
     return total["seconds"] / total["made"] if total["made"] else None
 
 
-def _row(setting: Setting, recipe: Recipe, result: Mapping[str, Any]) -> Row:
+def _row(setting: Setting, recipe: Recipe, result: Mapping[str, Any], best: Mapping[str, Any]) -> Row:
+    measures = {m: Estimate(result[m], float(np.std(result["bootstrap"][m], ddof=1))) for m in MEASURES}
     return Row(
         sampler=setting.sampler,
         steps=setting.steps,
@@ -403,12 +406,21 @@ def _row(setting: Setting, recipe: Recipe, result: Mapping[str, Any]) -> Row:
         not_finite=result["not_finite"],
         engine=result["engine"],
         seconds_per_image=result["seconds_per_image"],
-        frechet=Estimate(**result["frechet"]),
-        frechet_train=Estimate(**result["frechet_train"]),
-        hit_rate=Estimate(**result["hit_rate"]),
-        diversity=Estimate(**result["diversity"]),
+        frechet=measures["frechet"],
+        frechet_train=measures["frechet_train"],
+        hit_rate=measures["hit_rate"],
+        diversity=measures["diversity"],
+        loss={m: _loss(m, result, best) for m in LOSSES},
         folder=result["folder"],
     )
+
+
+def _loss(measure: str, result: Mapping[str, Any], best: Mapping[str, Any]) -> Estimate:
+    """How much worse a cell is than the best one. The bootstrap drew the same images of both, which share their noise: pairs."""
+    loss = LOSSES[measure]
+    drawn, of_best = (loss(np.array(cell["bootstrap"][measure])) for cell in (result, best))  # (R,)
+    gap = loss(np.array(result[measure])) - loss(np.array(best[measure]))
+    return Estimate(float(gap), float((drawn - of_best).std(ddof=1)))
 
 
 def _named_report(setting: Setting, report: Report) -> Report:

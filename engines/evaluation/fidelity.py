@@ -150,19 +150,18 @@ def intra_class_diversity(generated: Mapping[int, float], real: Mapping[int, flo
 # -------------------------------------------------------------------------------------------------------------- spread
 
 
-def bootstrap_deviation(
-    figures: Callable[[Labels], Sequence[float]], labels: Labels, resamples: int = RESAMPLES, seed: int = 0
-) -> list[float]:
-    """Standard deviation of each figure over images drawn again with replacement, as many of each class as there are.
+def bootstrap(figures: Callable[[Labels], Sequence[float]], labels: Labels, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Figures over images drawn again with replacement, as many of each class as there are: (R, F).
 
-    It says how far another draw of as many images might lie; not the bias of a figure, which repeated images change.
+    Their standard deviation says how far another draw of as many images might lie; their mean does not tell the bias, since repeated
+    images change a figure. Equal labels and seeds draw the same positions: for images that were made from the same noise, the
+    deviation of a difference, row by row, is that of pairs.
 
     Args:
-        figures: of the images at these positions, (N,) int64.
+        figures: F figures of the images at these positions, (N,) int64.
         labels: (N,) the class of each image.
     """
-    values = [figures(chosen) for chosen in _resampled(labels, resamples, seed)]  # (R, F)
-    return [float(deviation) for deviation in np.std(values, axis=0, ddof=1)]
+    return np.array([figures(chosen) for chosen in _resampled(labels, resamples, seed)], dtype=np.float64)
 
 
 def _resampled(labels: Labels, resamples: int, seed: int) -> Iterator[Labels]:

@@ -9,7 +9,7 @@ from scipy.spatial.distance import pdist
 
 from engines.evaluation.fidelity import (
     Gaussian,
-    bootstrap_deviation,
+    bootstrap,
     class_distances,
     class_weights,
     fit,
@@ -137,13 +137,20 @@ def test_diversity_is_the_mean_ratio_to_real_images_over_the_classes() -> None:
     assert intra_class_diversity({0: 1.0, 1: 5.0}, real) == pytest.approx(0.75)
 
 
-def test_the_bootstrap_deviation_of_a_mean_is_its_standard_error() -> None:
+def test_the_deviation_of_a_mean_over_the_bootstrap_is_its_standard_error() -> None:
     values = np.random.default_rng(0).standard_normal(400)
-    once, twice = bootstrap_deviation(lambda i: [values[i].mean(), 2 * values[i].mean()], np.zeros(400, np.int64), resamples=500)
-    assert once == pytest.approx(values.std() / 20, rel=0.1)
-    assert twice == pytest.approx(2 * once)
+    found = bootstrap(lambda i: [values[i].mean(), 2 * values[i].mean()], np.zeros(400, np.int64), resamples=500)
+    assert found.shape == (500, 2)
+    assert found[:, 0].std() == pytest.approx(values.std() / 20, rel=0.1)
+    assert np.allclose(found[:, 1], 2 * found[:, 0])
+
+
+def test_pairs_are_drawn_together_so_that_what_they_share_cancels() -> None:
+    values, labels = np.random.default_rng(0).standard_normal(100), np.zeros(100, np.int64)
+    one, other = (bootstrap(lambda i, shift=shift: [(values[i] + shift).mean()], labels, resamples=50) for shift in (0, 0.5))
+    assert np.allclose(other - one, 0.5)
 
 
 def test_images_drawn_again_are_as_many_of_each_class() -> None:
     labels = np.array([0] * 3 + [4] * 7)
-    assert bootstrap_deviation(lambda i: [(labels[i] == 4).sum()], labels, resamples=20) == [0]
+    assert np.all(bootstrap(lambda i: [(labels[i] == 4).sum()], labels, resamples=20) == 7)

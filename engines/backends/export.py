@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines import recipe as recipes
 from engines import store
-from engines.backends import choice, gate
+from engines.backends import choice, gate, trt_engine
 from engines.backends.base import (
     Engine,
     EngineCard,
     EngineFile,
+    engine_path,
     example_input,
     package_versions,
     read_engine,
@@ -29,9 +29,11 @@ from engines.backends.base import (
     weights_sha256,
     write_engine,
 )
+from engines.backends.cast import BF16_OPSET, cast_unet, rounded_unet, widened
 from engines.backends.choice import BUILDS, Build
 from engines.backends.gate import Labeler
-from engines.backends.onnx_file import serialized, to_onnx
+from engines.backends.keys import EXPORTERS, RUNTIMES, differences, export_digest, versions_now, wanted
+from engines.backends.onnx_file import serialized, to_onnx, to_opset
 from engines.backends.ort_engine import OUTPUT, input_names
 from engines.backends.torch_engine import TorchEngine
 from engines.diffusion.schedule import Schedule, make_schedule
@@ -43,14 +45,14 @@ from engines.recipe import ExportSection, Recipe
 from engines.store import RunFolder
 
 Model = Literal["target", "source"]
-EXPORTERS = ("torch", "onnx", "onnxscript")
-RUNTIMES = {"onnx": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}  # packages, by kind of engine
+PLAIN_OPSET = 20  # the last at which torch writes group norms as operators that every runtime gets right
 EXAMPLE_BATCH = 7  # equal to no other size in the network, or the exporter ties the two together
 MAX_FILE_BYTES = 2**31 - 1  # of one protobuf message
 
 
 def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = silent, builds: Sequence[Build] = ()) -> list[EngineCard]:
-    """Export trained networks of a run to `engines/onnx/<model>.onnx`; an engine that is exported already and still fits is kept.
+    """Export trained networks of a run to `engines/onnx/<model>.onnx` and what `engine_path` names beside it; an engine that is
+    exported already and still fits is kept.
 
     Args:
         models: which; default `synth.model`.
@@ -60,7 +62,7 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
 
     Raises:
         UsageError: a stage is not trained.
-        ParityError, NumericsError, EngineError, StorageError: see `export_onnx`; what was published before stays.
+        ParityError, NumericsError, EngineError, StorageError: see `export_onnx` and `export_plan`; what was published before stays.
     """
     from engines.training.stages import load_unet  # reads checkpoints, and brings the training with it
 
@@ -72,14 +74,14 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
         unet, path = load_unet(run, model), onnx_path(run, model)
         for build in builds:
             report("export", len(cards), len(models) * len(builds), {})
-            card = _current(path, unet, recipe, build)
-            if card is None:
-                started = time.perf_counter()
-                schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
-                data = _exported(path, unet, recipe)
-                digest = export_digest(recipe)
-                card = export_onnx(unet, schedule, path, recipe.export, digest, build, recipe.synth.batch_size, data, labeler())
-                run.add_cost(f"export.{model}", time.perf_counter() - started)
+            choice.require(build, file_opset(recipe.export, build))
+            for needed in (choice.source_of(build), build):  # what a plan is built from passes its own gate first
+                card = needed and _current(path, unet, recipe, needed)
+                if needed and not card:
+                    started = time.perf_counter()
+                    card = _exported(run, unet, path, needed, labeler())
+                    run.add_cost(f"export.{model}", time.perf_counter() - started)
+            assert card
             cards.append(card)
     report("export", len(cards), len(cards), {})
     return cards
@@ -94,7 +96,7 @@ def builds_of_recipe(recipe: Recipe) -> tuple[Build, ...]:
 
 
 def onnx_path(run: RunFolder, model: Model) -> Path:
-    """Where a run's exported network lies."""
+    """Where a run's exported network lies, in float32; `engine_path` says where its other engines are."""
     return run.engines / "onnx" / f"{model}.onnx"
 
 
@@ -117,12 +119,6 @@ def labeler_of(run: RunFolder) -> Labeler | None:
         return None
 
 
-def export_digest(recipe: Recipe) -> str:
-    """sha256 of the sections that shape a network and its export."""
-    sections = {name: getattr(recipe, name).model_dump(mode="json") for name in ("unet", "diffusion", "export")}
-    return recipes.digest(sections)
-
-
 def export_onnx(
     unet: UNet,
     schedule: Schedule,
@@ -139,12 +135,16 @@ def export_onnx(
     The time embedding becomes a float32 table (T, 4 width) that the graph gathers from: runtimes that compute in lower
     precision would spoil its sines. The batch is the only dynamic size.
 
+    In half precision the file is `cast_unet`'s, for runtimes that take precision from the graph, unless it is for OpenVINO. One in
+    bf16 has a card "onnx bf16", without a speed: ONNX Runtime cannot run it on a CPU. Its graph is held to float32's limit, and its
+    rounding is torch's own.
+
     Args:
         unet: in evaluation mode, float32, on the CPU.
         schedule: the training process; its length is T.
-        path: `<name>.onnx`, which all builds share.
+        path: `<name>.onnx`, of the file in float32; see `engine_path`.
         recipe_sha256: goes into the card.
-        build: the runtime and its precision.
+        build: the runtime and its precision; for TensorRT see `export_plan`.
         batch: the batch size of synthesis, at which its speed is measured; 0 = the largest.
         data: the ONNX file where it was made before, for another build; empty = made now.
         labeler: says which class an image is of; see `labeler_of`.
@@ -155,13 +155,14 @@ def export_onnx(
         EngineError: the exporter or the runtime failed or is not here, or the network is larger than a file of one piece can be.
         StorageError: the file cannot be written.
     """
-    choice.require(build)
+    opset, path = file_opset(settings, build), engine_path(path, *build)
+    choice.require(build, opset)
     reference, limits = TorchEngine(unet, len(schedule), settings.max_batch), gate.limits_of(settings, build.precision)
     card = reference.card.model_copy(
         update={
             "kind": build.kind,
             "precision": build.precision,
-            "opset": settings.opset,
+            "opset": opset,
             "tolerance": limits.one_step_tolerance,
             "recipe_sha256": recipe_sha256,
             "versions": package_versions((*EXPORTERS, *RUNTIMES[build.kind])),
@@ -172,52 +173,101 @@ def export_onnx(
         raise NumericsError("the trained network gives values that are not finite", "train again with a smaller lr")
     data = data or onnx_bytes(unet, card, recipe_sha256)
     card = card.model_copy(update={"file_sha256": hashlib.sha256(data).hexdigest(), "self_test": tuple(values.tolist())})
-    batch = batch or card.max_batch
+    file, batch, name = EngineFile(data, card), batch or card.max_batch, f"{path.name} on {build}"
     if build.precision != "fp32":
-        _require_twin(EngineFile(data, card), path, settings, reference, batch)
-    engine = choice.load(EngineFile(data, card), f"{path.name} on {build}", batch=batch)
-    parity = gate.hold(engine, reference, schedule, limits, batch, f"{path.name} on {build}", labeler)
+        _require_twin(file, unet, path, settings, reference, batch)
+    if build in BUILDS:
+        parity = gate.hold(choice.load(file, name, batch=batch), reference, schedule, limits, batch, name, labeler)
+    else:
+        cast = TorchEngine(cast_unet(unet, build.precision), len(schedule), settings.max_batch)
+        name = f"{path.name}, cast in torch,"
+        parity = gate.hold(cast, reference, schedule, limits, batch, name, labeler)._replace(ms_per_image=0.0)
     card = card.model_copy(update=parity._asdict())
     write_engine(path, data, card)
     return card
 
 
-def _require_twin(file: EngineFile, path: Path, settings: ExportSection, reference: Engine, batch: int) -> None:
-    """Hold the same file on the same runtime to float32's limit first.
+def export_plan(
+    unet: UNet, schedule: Schedule, path: Path, settings: ExportSection, build: Build, labeler: Labeler | None = None
+) -> EngineCard:
+    """Build TensorRT's plan for this machine's GPU from an ONNX file that passed its gate, and publish it if it gives torch's numbers.
 
-    In a lower precision, rounding hides what is small: on a trained network a t off by one is within bf16's limit.
+    Args:
+        path: `<name>.onnx`, of the file in float32; see `engine_path`.
+        build: of TensorRT.  The others are as in `export_onnx`.
+
+    Raises:
+        EngineError: there is no such ONNX file, TensorRT or GPU here, or the builder failed.
+        ParityError: a number disagrees; nothing is written.
+        StorageError: the files cannot be written.
     """
-    limit, origin = settings.one_step_tolerance, f"{path.name} on {file.card.kind} fp32"
-    card = file.card.model_copy(update={"precision": "fp32", "tolerance": limit})
-    error = gate.one_step_error(choice.load(EngineFile(file.data, card), origin, batch=batch), reference, batch)
+    source = choice.source_of(build)
+    assert source is not None
+    onnx, plan = read_engine(engine_path(path, *source), *source), engine_path(path, *build)
+    reference, limits = TorchEngine(unet, len(schedule), settings.max_batch), gate.limits_of(settings, build.precision, on_gpu=True)
+    batches = trt_engine.batches_of(onnx.card)
+
+    def passed(card: EngineCard, engine: Engine) -> EngineCard:
+        parity = gate.hold(engine, reference, schedule, limits, batches.usual, f"{plan.name} on {build}", labeler)
+        return card.model_copy(update=parity._asdict())
+
+    return trt_engine.make_plan(onnx, plan, batches, passed, limits.one_step_tolerance).engine
+
+
+def file_opset(settings: ExportSection, build: Build) -> int:
+    """The opset of the ONNX file of a build: the recipe's, or the first that knows convolutions in bf16 where it holds any."""
+    in_bf16 = build.precision == "bf16" and build.kind != "openvino"
+    return max(settings.opset, BF16_OPSET) if in_bf16 else settings.opset
+
+
+def _require_twin(file: EngineFile, unet: UNet, path: Path, settings: ExportSection, reference: Engine, batch: int) -> None:
+    """Hold the same graph on the same runtime to float32's limit first.
+
+    In a lower precision, rounding hides what is small: on a trained network a t off by one is within bf16's limit. A file that was
+    cast is widened for it, and compared with torch in float32 with weights that are rounded as its own.
+    """
+    limit, kind, precision = settings.one_step_tolerance, file.card.kind, file.card.precision
+    origin, data = f"{path.name} on {kind} fp32", file.data
+    if kind == "onnx":
+        data = widened(data)
+        reference = TorchEngine(rounded_unet(unet, precision), file.card.timesteps, settings.max_batch)
+    values = thinned(reference(*example_input(file.card, self_test_batch(file.card), 0)))
+    card = file.card.model_copy(update={"precision": "fp32", "tolerance": limit, "self_test": tuple(values.tolist())})
+    card = card.model_copy(update={"file_sha256": hashlib.sha256(data).hexdigest()})
+    error = gate.one_step_error(choice.load(EngineFile(data, card), origin, batch=batch), reference, batch)
     if not error <= limit:
         raise ParityError(
             f"{origin} disagrees with torch: relative error {error:.2g} of one evaluation, {limit:.2g} allowed; "
-            f"so it is not tried in {file.card.precision}; nothing was written",
+            f"so it is not tried in {precision}; nothing was written",
             "report it, or loosen export.one_step_tolerance",
         )
 
 
 def onnx_bytes(unet: UNet, card: EngineCard, recipe_sha256: str = "") -> bytes:
-    """The network as one self-contained ONNX file with its provenance as metadata. Raises EngineError."""
+    """The network as one self-contained ONNX file with its provenance as metadata, cast where the card says. Raises EngineError."""
     size = 4 * (parameter_count(unet) + card.timesteps * 4 * unet.architecture.model_channels)
     if size > MAX_FILE_BYTES:
         raise EngineError(f"the network takes {size / 2**30:.1f} GiB; one ONNX file holds less than 2 GiB", "diffrc synth --engine torch")
     example = zip(input_names(card), example_input(card, EXAMPLE_BATCH, 0), strict=False)  # no y where the network takes none
     inputs = {name: value for name, value in example if value is not None}
-    model = to_onnx(_Graph(unet, card.timesteps), inputs, [OUTPUT], card.opset)
+    precision = "fp32" if card.kind == "openvino" else card.precision
+    graph = _Graph(unet, card.timesteps, cast_unet(unet, precision))
+    if precision == "bf16" and card.opset == BF16_OPSET:
+        model = to_opset(to_onnx(graph, inputs, [OUTPUT], PLAIN_OPSET), card.opset)
+    else:
+        model = to_onnx(graph, inputs, [OUTPUT], card.opset)
     provenance = {"recipe_sha256": recipe_sha256, "weights_sha256": card.weights_sha256, "timesteps": str(card.timesteps)}
     return serialized(model, provenance)
 
 
 class _Graph(nn.Module):
-    """What is exported: (x, t, y) -> output, the time embedding looked up."""
+    """What is exported: (x, t, y) -> output, the time embedding looked up, the rest computed by `cast`."""
 
     table: Tensor
 
-    def __init__(self, unet: UNet, timesteps: int) -> None:
+    def __init__(self, unet: UNet, timesteps: int, cast: UNet) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet = cast
         with torch.no_grad():
             self.register_buffer("table", unet.embed_time(torch.arange(timesteps)))  # (T, 4 width)
         self.eval()
@@ -229,23 +279,38 @@ class _Graph(nn.Module):
 def _current(path: Path, unet: UNet, recipe: Recipe, build: Build) -> EngineCard | None:
     """The card of an engine that was made from these weights by this recipe and these packages, or None."""
     try:
-        card = read_engine(path, *build).card
-    except EngineError:  # missing, damaged or older: made anew
+        card = choice.read(path, build).card
+    except EngineError:  # missing, damaged, older or of another machine: made anew
         return None
-    wanted = package_versions((*EXPORTERS, *RUNTIMES[build.kind])), recipe.synth.batch_size
-    return card if _fits(card, unet, recipe) and (card.versions, card.measured_batch) == wanted else None
+    if choice.source_of(build):  # read against the card of its ONNX file, all of whose facts are checked
+        return card
+    asked = wanted(recipe, card, build.kind, weights_sha256=weights_sha256(unet))
+    asked |= {"recipe_sha256": export_digest(recipe), "measured_batch": recipe.synth.batch_size}  # the batch that was typed now, too
+    return None if differences(card, asked) else card
 
 
-def _exported(path: Path, unet: UNet, recipe: Recipe) -> bytes:
-    """The ONNX file where a card of any build says that it was made from these weights by this recipe and exporter; else empty."""
-    versions = package_versions(EXPORTERS)
-    for build in BUILDS:
-        with contextlib.suppress(EngineError):
-            file = read_engine(path, *build)
-            if _fits(file.card, unet, recipe) and versions == {name: file.card.versions.get(name) for name in versions}:
-                return file.data
+def _exported(run: RunFolder, unet: UNet, path: Path, build: Build, labeler: Labeler | None) -> EngineCard:
+    recipe = run.recipe
+    schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
+    if build.kind == "tensorrt":
+        return export_plan(unet, schedule, path, recipe.export, build, labeler)
+    data, batch = _made_before(path, unet, recipe, build), recipe.synth.batch_size
+    return export_onnx(unet, schedule, path, recipe.export, export_digest(recipe), build, batch, data, labeler)
+
+
+def _made_before(path: Path, unet: UNet, recipe: Recipe, build: Build) -> bytes:
+    """A build's ONNX file where the card of any says that it was made from these weights by this recipe and exporter; else empty."""
+    asked, file = _made_of(unet, recipe), engine_path(path, *build)
+    for other in dict.fromkeys((build, *BUILDS)):
+        if engine_path(path, *other) == file:
+            with contextlib.suppress(EngineError):
+                found = read_engine(file, *other)
+                if not differences(found.card, asked):
+                    return found.data
     return b""
 
 
-def _fits(card: EngineCard, unet: UNet, recipe: Recipe) -> bool:
-    return (card.weights_sha256, card.recipe_sha256) == (weights_sha256(unet), export_digest(recipe))
+def _made_of(unet: UNet, recipe: Recipe) -> dict[str, object]:
+    """What the card of an ONNX file must say, whatever runs it, for the file to be taken again."""
+    weights = weights_sha256(unet)
+    return {"weights_sha256": weights, "recipe_sha256": export_digest(recipe), "versions": versions_now(EXPORTERS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from engines.backends.base import EngineCard
-from engines.backends.export import export_onnx
+from engines.backends.base import EngineCard, Precision
+from engines.backends.choice import Build
+from engines.backends.export import export_onnx, file_opset, onnx_bytes
 from engines.backends.gradient import GradientCard, gradient_bytes
 from engines.diffusion.schedule import Schedule, make_schedule
 from engines.networks.guide import Guide
@@ -57,6 +59,25 @@ def exported(make_unet: MakeUNet, tmp_path_factory: pytest.TempPathFactory) -> E
     return Exported(unet, schedule, settings, path, export_onnx(unet, schedule, path, settings, recipe_sha256="of the recipe"))
 
 
+OnnxOf = Callable[[Build], bytes]
+
+
+@pytest.fixture(scope="session")
+def onnx_of(exported: Exported) -> OnnxOf:
+    """onnx_of(build) -> the ONNX file that it runs, of the exported network, cast once for each precision."""
+
+    @functools.cache
+    def cast(precision: Precision) -> bytes:
+        opset = file_opset(exported.settings, Build("onnx", precision))
+        card = exported.card.model_copy(update={"precision": precision, "opset": opset})
+        return onnx_bytes(exported.unet, card, "of the recipe")
+
+    def data(build: Build) -> bytes:
+        return exported.path.read_bytes() if build.precision == "fp32" or build.kind == "openvino" else cast(build.precision)
+
+    return data
+
+
 class ExportedGradient(NamedTuple):
     guide: Guide
     data: bytes
@@ -88,4 +109,4 @@ def make_guide() -> MakeGuide:
 def exported_gradient(make_guide: MakeGuide) -> ExportedGradient:
     """The gradient of a guide of the network's three classes. To be read only."""
     guide = make_guide()
-    return ExportedGradient(guide, *gradient_bytes(guide, T, 32))
+    return ExportedGradient(guide, *gradient_bytes(guide, T, ExportSection(max_batch=8)))

@@ -6,12 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
 
 from engines.backends import choice, export, gate
-from engines.backends.base import Engine, EngineFile
+from engines.backends.base import Engine, EngineFile, engine_path
 from engines.backends.choice import BUILDS, Build
 from engines.backends.openvino_engine import MAX_OPSET
 from engines.errors import EngineError, ParityError
@@ -26,7 +27,9 @@ def _skip_reason(build: Build) -> str:
 
 
 EVERY_BUILD = [
-    pytest.param(build, id=str(build), marks=pytest.mark.skipif(bool(reason := _skip_reason(build)), reason=reason)) for build in BUILDS
+    pytest.param(build, id=str(build), marks=pytest.mark.skipif(bool(reason := _skip_reason(build)), reason=reason))
+    for build in BUILDS
+    if build.kind != "tensorrt"  # whose plans have tests of their own
 ]
 
 
@@ -55,7 +58,7 @@ class Sabotaged:
 @pytest.mark.parametrize("build", EVERY_BUILD)
 @pytest.mark.parametrize("how", ["noise 1e-2", "channels swapped", "samples swapped", "t off by one", "not a number in one sample"])
 def test_a_sabotaged_engine_of_any_kind_is_not_published_and_its_numbers_are_told(
-    how: str, build: Build, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, build: Build, exported: Any, onnx_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = choice.load
 
@@ -66,35 +69,51 @@ def test_a_sabotaged_engine_of_any_kind_is_not_published_and_its_numbers_are_tol
     monkeypatch.setattr(choice, "load", load)
     path = tmp_path / "engines" / "target.onnx"
     with pytest.raises(ParityError, match=r"relative error \S+ of one evaluation, \S+ allowed; \S+ dB after 50 steps of DDIM") as failure:
-        export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, exported.path.read_bytes())
+        export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, onnx_of(build))
     assert failure.value.exit_code == 6
     assert str(build) in failure.value.problem
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("build", EVERY_BUILD)
-def test_an_engine_that_agrees_is_published_with_its_precisions_limit_and_its_speed(build: Build, exported: Any, tmp_path: Path) -> None:
+def test_an_engine_that_agrees_is_published_with_its_precisions_limit_and_its_speed(
+    build: Build, exported: Any, onnx_of: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "target.onnx"
-    card = export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, exported.path.read_bytes())
+    card = export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, onnx_of(build))
     limits = gate.limits_of(exported.settings, build.precision)
     assert (card.kind, card.precision, card.tolerance) == (*build, limits.one_step_tolerance)
     assert 0 < card.one_step_error <= limits.one_step_tolerance
     assert card.trajectory_psnr_db >= limits.trajectory_psnr_db
     assert card.measured_batch == 5
     assert min(card.ms_per_image, card.torch_ms_per_image) > 0
-    assert choice.load(choice.read_engine(path, *build), "target.onnx", 1, 5).card == card
+    assert choice.load(choice.read(path, build), "target.onnx", 1, 5).card == card
 
 
-@pytest.mark.parametrize("build", [parameter for parameter in EVERY_BUILD if parameter.id == "openvino bf16"])
-def test_bf16_hides_no_fault_that_float32_shows(build: Build, exported: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "build",
+    [*(parameter for parameter in EVERY_BUILD if "fp32" not in str(parameter.id)), pytest.param(Build("onnx", "bf16"), id="onnx bf16")],
+)
+def test_half_precision_hides_no_fault_that_float32_shows(build: Build, exported: Any, onnx_of: Any, tmp_path: Path) -> None:
     """The network has a slightly other time embedding than its file: far within a wide limit for bf16, far outside float32's."""
     unet = copy.deepcopy(exported.unet)
     with torch.no_grad():
         unet.time_embed[-1].bias.mul_(1.001)
-    settings = exported.settings.model_copy(update={"bf16_one_step_tolerance": 1.0, "bf16_trajectory_psnr_db": 1.0})
-    with pytest.raises(ParityError, match=r"on openvino fp32 disagrees .* not tried in bf16"):
-        export.export_onnx(unet, exported.schedule, tmp_path / "target.onnx", settings, "", build, 5, exported.path.read_bytes())
+    wide = {f"{build.precision}_{key}": 1.0 for key in ("one_step_tolerance", "trajectory_psnr_db")}
+    settings = exported.settings.model_copy(update=wide)
+    with pytest.raises(ParityError, match=rf"on {build.kind} fp32 disagrees .* not tried in {build.precision}"):
+        export.export_onnx(unet, exported.schedule, tmp_path / "target.onnx", settings, "", build, 5, onnx_of(build))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_file_in_bf16_is_published_for_tensorrt_without_a_speed_of_its_own(exported: Any, onnx_of: Any, tmp_path: Path) -> None:
+    build, path = Build("onnx", "bf16"), tmp_path / "target.onnx"
+    card = export.export_onnx(exported.unet, exported.schedule, path, exported.settings, "", build, 5, onnx_of(build))
+    assert (card.kind, card.precision, card.opset, card.ms_per_image, card.measured_batch) == ("onnx", "bf16", 22, 0, 5)
+    assert 1e-4 < card.one_step_error <= card.tolerance == exported.settings.bf16_one_step_tolerance
+    assert {file.name for file in tmp_path.iterdir()} == {"target.bf16.onnx", "target.bf16.json"}
+    with pytest.raises(EngineError, match="cannot load"):  # what ONNX Runtime says to a convolution in bf16
+        choice.load(choice.read(path, build), "target.bf16.onnx", 1)
 
 
 def test_a_rejected_engine_leaves_what_was_published_for_the_same_file(
@@ -130,13 +149,17 @@ def test_other_opsets_pass_the_gate_of_every_engine_that_runs_here_or_are_refuse
     opset: int, exported: Any, tmp_path: Path
 ) -> None:
     settings = exported.settings.model_copy(update={"opset": opset})
-    path, data = tmp_path / "target.onnx", b""
-    for build in BUILDS:
-        if not _skip_reason(build):
+    path, made = tmp_path / "target.onnx", dict[Path, bytes]()
+    for build in (*BUILDS, Build("onnx", "bf16")):
+        if not _skip_reason(build) and build.kind != "tensorrt":
+            file = engine_path(path, *build)
             if build.kind == "openvino" and opset > MAX_OPSET:
                 with pytest.raises(EngineError, match=f"opsets up to {MAX_OPSET}"):
-                    export.export_onnx(exported.unet, exported.schedule, path, settings, "", build, 5, data)
+                    export.export_onnx(exported.unet, exported.schedule, path, settings, "", build, 5, made[file])
                 continue
-            card = export.export_onnx(exported.unet, exported.schedule, path, settings, "", build, 5, data)
-            data = path.read_bytes()
-            assert card.opset == opset
+            card = export.export_onnx(exported.unet, exported.schedule, path, settings, "", build, 5, made.get(file, b""))
+            made[file] = file.read_bytes()
+            assert card.opset == (max(opset, 22) if build == Build("onnx", "bf16") else opset)
+    assert {file.name for file in made} == {"target.onnx", "target.fp16.onnx", "target.bf16.onnx"}
+    for data in made.values():
+        onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)

@@ -38,8 +38,8 @@ RunOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]
 PrecisionOption = Annotated[
-    Literal["fp32", "bf16"] | None,
-    typer.Option("--precision", help="What the engine computes in; bf16 where the CPU can.", show_default=False),
+    Literal["fp32", "bf16", "fp16"] | None,
+    typer.Option("--precision", help="What the engine computes in, where it and the machine can.", show_default=False),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and how long it would take; write nothing.")]
 

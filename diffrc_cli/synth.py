@@ -39,7 +39,7 @@ ScaleOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Names the noise: another seed, other images.", show_default=False)]
 EngineOption = Annotated[
-    Literal["onnx", "openvino", "torch", "auto"] | None,
+    Literal["onnx", "openvino", "tensorrt", "torch", "auto"] | None,
     typer.Option("--engine", help="What runs the U-Net; auto = the fastest that is exported and runs here.", show_default=False),
 ]
 BandOption = Annotated[

@@ -41,6 +41,10 @@ PrecisionOption = Annotated[
     Literal["fp32", "bf16", "fp16"] | None,
     typer.Option("--precision", help="What the engine computes in, where it and the machine can.", show_default=False),
 ]
+EngineDeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option("--device", help="Where engines run; auto = a GPU where the engine can use one.", show_default=False),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and how long it would take; write nothing.")]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffrc_cli import console
-from diffrc_cli.options import DataOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.options import DataOption, EngineDeviceOption, JsonOption, PrecisionOption, RunOption, SetOption
 from engines.errors import UsageError, YieldError
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ EngineOption = Annotated[
     Literal["onnx", "openvino", "tensorrt", "torch", "auto"] | None,
     typer.Option("--engine", help="What runs the U-Net; auto = the fastest that is exported and runs here.", show_default=False),
 ]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the torch engine first: minutes, then faster steps.", show_default=False),
+]
 BandOption = Annotated[
     float | None,
     typer.Option("--distance-band", metavar="X", help="Keep images up to X class widths from the real ones; 0 = all.", show_default=False),
@@ -69,6 +73,8 @@ def synth(
     seed: SeedOption = None,
     engine: EngineOption = None,
     precision: PrecisionOption = None,
+    device: EngineDeviceOption = None,
+    compiled: CompileOption = None,
     distance_band: BandOption = None,
     confidence: ConfidenceOption = None,
     max_tries: TriesOption = None,
@@ -93,8 +99,9 @@ def synth(
     from engines.synthesis.synthesize import summary, synthesize
 
     typed = {"steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "seed": seed, "engine": engine, "precision": precision}
+    where = {"device": device, "compile": None if compiled is None else str(compiled).lower()}
     filters = {"distance_band": distance_band, "confidence": confidence, "max_tries": max_tries}
-    folder = open_run(run, (*(overrides or ()), *_settings("synth", typed), *_settings("select", filters)))
+    folder = open_run(run, (*(overrides or ()), *_settings("synth", typed | where), *_settings("select", filters)))
     wanted = fill_classes(folder) if fill else asked_classes(folder, names or [], n or 0)
     originals = _originals(folder, data)
     with console.progress() as report:

@@ -322,6 +322,8 @@ class Recipe(Section):
             mistakes.append(f"synth.batch_size {self.synth.batch_size} exceeds export.max_batch {self.export.max_batch}")
         if self.synth.classifier_free_scale and not self.unet.class_cond:
             mistakes.append("synth.classifier_free_scale needs unet.class_cond = true")
+        if self.synth.compile and self.synth.engine != "torch":
+            mistakes.append('synth.compile needs synth.engine = "torch"')
         first, last = self.synth.guidance_interval
         if first > last:
             mistakes.append(f"synth.guidance_interval [{first}, {last}] is empty")

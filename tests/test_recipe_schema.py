@@ -34,6 +34,7 @@ STRUCTURE = {
     "many_above",
     "few_below",
     "classifier_free_scale",
+    "compile",
     "accumulate",
     "guidance_scale",
     "guidance_scale_max",

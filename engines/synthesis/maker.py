@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from engines.backends import choice
-from engines.backends.base import Engine, EngineFile, package_versions, weights_sha256
+from engines.backends.base import Engine, EngineFile, Precision, package_versions, weights_sha256
 from engines.backends.device import CPU, OutOfMemory, choose_device, exact_float32, gpu_failures
-from engines.backends.export import RUNTIMES, onnx_path
-from engines.backends.torch_engine import TorchEngine
+from engines.backends.export import onnx_path
+from engines.backends.keys import RUNTIMES, check_card
+from engines.backends.torch_engine import TorchEngine, held_engine
 from engines.data.batches import to_pixels, to_tensor
 from engines.data.decode import Pixels
 from engines.diffusion.guidance import ClassGradient, class_gradient, classifier_free, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import Denoiser, StepLog, sample
 from engines.diffusion.schedule import Schedule, make_schedule, respace
-from engines.errors import EngineError
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
 from engines.recipe import Recipe
@@ -162,41 +162,47 @@ def open_maker(run: RunFolder, model: Model, made_with: MadeWith = NOTHING_YET, 
     unet = load_unet(run, model)
     engine, device = _engine(run, model, unet, made_with, tell)
     guide = load_guide(run) if recipe.synth.guidance_scale or select.is_on(recipe.select) else None
+    compiled = isinstance(engine, TorchEngine) and engine.compiled
     packages = ("diffrc", "numpy", "pillow", "torch", *RUNTIMES.get(engine.card.kind, ()))
     guide_sha256 = weights_sha256(guide) if guide else ""
-    plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, package_versions(packages), device=device.type)
+    versions = package_versions(packages)
+    plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, versions, device=device.type, compiled=compiled)
     plan = replace(plan, stages={stage: reuse.mark(run.path, stage) for stage in (model, *(("guide",) if guide else ()))})
     return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False).to(device) if guide else None, device)
 
 
 def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell: Callable[[str], None]) -> tuple[Engine, torch.device]:
     """An engine and where it runs."""
-    synth = run.recipe.synth
+    recipe, synth = run.recipe, run.recipe.synth
     device = made_with.device if synth.device == "auto" and made_with.device else synth.device
     if synth.engine == "torch":
-        if synth.precision == "bf16":
-            raise EngineError(
-                "the torch engine is the float32 reference and computes in nothing else", "--engine openvino --precision bf16"
-            )
         place = choose_device(device)
-        return TorchEngine(unet.to(place), run.recipe.diffusion.steps, synth.batch_size), place
+        return _torch_engine(run.recipe, unet.to(place), tell), place
     path, command, weights = onnx_path(run, model), _export_command(run, model), weights_sha256(unet)
 
     def check(file: EngineFile) -> None:
-        card = file.card
-        if card.weights_sha256 != weights:
-            raise EngineError(f"{path} was exported from other weights than the run's", command)
-        if card.max_batch < synth.batch_size:
-            raise EngineError(
-                f"{path} was checked up to batch {card.max_batch}, synth.batch_size is {synth.batch_size}",
-                f"{command} --batch {synth.batch_size}",
-            )
+        check_card(file.card, recipe, weights, path, command)
 
     chosen = choice.choose(path, choice.builds_of(synth.engine, synth.precision), check, made_with.build, command, device)
     if chosen.why:
         tell(f"engine: {chosen.build} ({chosen.why})")
     engine = choice.load(chosen.file, f"{path} on {chosen.build}", threads=1, batch=synth.batch_size, device=chosen.device)
     return engine, chosen.device
+
+
+def _torch_engine(recipe: Recipe, unet: UNet, tell: Callable[[str], None]) -> TorchEngine:
+    """The reference, or what [synth] asks for in its place, which is held to the reference first: it has no card of an export."""
+    synth, steps = recipe.synth, recipe.diffusion.steps
+    precision: Precision = "fp32" if synth.precision == "auto" else synth.precision
+    if precision == "fp32" and not synth.compile:
+        return TorchEngine(unet, steps, synth.batch_size)
+    name = f"torch {precision}" + (", compiled" if synth.compile else "")
+    if synth.compile:
+        tell(f"engine: {name}: compiling it takes minutes")
+    engine = held_engine(unet, steps, synth.batch_size, recipe.export, precision, synth.compile)
+    card = engine.card
+    tell(f"engine: {name}: one evaluation within {card.one_step_error:.1e} of eager float32 (allowed {card.tolerance:.0e})")
+    return engine
 
 
 def _tried_again(drawn: Callable[[], Tensor]) -> Tensor:

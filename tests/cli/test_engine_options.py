@@ -109,7 +109,9 @@ def test_without_openvino_what_is_named_stops_and_all_tells_what_it_left_out(cal
     [
         (("export", "--engine", "onnx", "--precision", "bf16"), 4, "no onnx engine computes in bf16"),
         ((*NINE, "1", "--engine", "onnx", "--precision", "bf16"), 4, "no onnx engine computes in bf16"),
-        ((*NINE, "1", "--engine", "torch", "--precision", "bf16"), 4, "float32 reference"),
+        ((*NINE, "1", "--engine", "torch", "--precision", "fp16", "--device", "cpu"), 4, "fp16 on a GPU alone"),
+        ((*NINE, "1", "--engine", "openvino", "--compile"), 2, 'needs synth.engine = "torch"'),
+        (("export", "--engine", "openvino", "--device", "cuda"), 4, "OpenVINO runs on the CPU"),
         ((*NINE, "1", "--engine", "openvino", "--precision", "bf16"), 4, "not exported for openvino bf16"),
         (("export", "--opset", "17"), 2, "export.opset"),
         (("export", "--batch", "2"), 2, "exceeds export.max_batch 2"),

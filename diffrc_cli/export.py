@@ -9,7 +9,7 @@ import typer
 
 from diffrc_cli import console
 from diffrc_cli.options import ForceOption, JsonOption, PrecisionOption, RunOption, SetOption
-from engines.errors import EngineError, UsageError
+from engines.errors import EngineError, ParityError, UsageError
 
 if TYPE_CHECKING:
     from engines.backends.base import EngineCard
@@ -21,8 +21,9 @@ ModelOption = Annotated[
     Literal["target", "source"] | None,
     typer.Option("--model", help="The network to export. Default: synth.model of the run's recipe.", show_default=False),
 ]
+EngineName = Literal["onnx", "openvino", "tensorrt", "all"]
 EngineOption = Annotated[
-    Literal["onnx", "openvino", "all"] | None,
+    EngineName | None,
     typer.Option("--engine", help="For which runtime; all = each that runs here. Default: what synth.engine needs.", show_default=False),
 ]
 BatchOption = Annotated[
@@ -52,12 +53,14 @@ def export(
 ) -> None:
     """Export the trained U-Net to ONNX and hold each engine to torch's numbers; one that disagrees is not published (exit 6).
 
-    Engines share the ONNX file; each has a card of its own, and without it is not loaded.
+    Engines share the ONNX file of their precision; each has a card of its own, and without it is not loaded. TensorRT builds a plan
+    from it, of this machine alone. With --engine all, one that fails keeps no other from being tried.
 
     With --diffusers, write a folder of the diffusers library, a whole pipeline if without labels; one that is not empty needs --force.
 
     Example: diffrc export
     """
+    from engines.backends.base import engine_path
     from engines.backends.export import export_run, onnx_path
     from engines.store import open_run
 
@@ -71,28 +74,41 @@ def export(
         return
     if force:
         raise UsageError("--force goes with --diffusers", "diffrc export; an engine that no longer fits is replaced without it")
-    path = onnx_path(folder, model)
-    for build in _builds(folder.recipe, engine, precision):
-        with console.progress() as report:
-            (card,) = export_run(folder, (model,), report, (build,))
+    builds, failed = _builds(folder.recipe, engine, precision), list[EngineError | ParityError]()
+    for build in builds:
+        try:
+            with console.progress() as report:
+                (card,) = export_run(folder, (model,), report, (build,))
+        except (EngineError, ParityError) as error:
+            if len(builds) == 1:
+                raise
+            console.note(f"not exported: {build}: {error.problem}")
+            failed.append(error)
+            continue
+        path = engine_path(onnx_path(folder, model), *build)
         if json:
             console.emit_json({"model": model, "file": path, **card.model_dump(exclude={"self_test"})})
         else:
             _show(model, path, card)
+    if failed:  # an engine whose numbers are wrong is worse news than one that cannot be made
+        raise max(failed, key=lambda error: error.exit_code)
     if not json:
         console.say("next: diffrc synth --fill, or diffrc synth --class NAME --n 50")
 
 
-def _builds(recipe: Recipe, engine: Literal["onnx", "openvino", "all"] | None, precision: Literal["fp32", "bf16"] | None) -> list[Build]:
-    """What is to be exported. What is named must run here; of all, those that cannot are told of."""
+def _builds(recipe: Recipe, engine: EngineName | None, precision: Literal["fp32", "bf16", "fp16"] | None) -> list[Build]:
+    """What is to be exported. What is named must run here; of all, those that cannot, or are slow for certain, are told of."""
     from engines.backends import choice
-    from engines.backends.export import builds_of_recipe
+    from engines.backends.export import builds_of_recipe, file_opset
 
     if engine == "all":
         builds = []
         for build in choice.builds_of(engine, precision or "auto"):
             try:
-                choice.require(build)
+                for needed in filter(None, (choice.source_of(build), build)):
+                    choice.require(needed, file_opset(recipe.export, needed))
+                if not precision and build == ("onnx", "fp16") and choice.device_of(build, recipe.synth.device).type == "cpu":
+                    raise EngineError("ONNX Runtime is slow in fp16 on a CPU; --precision fp16 makes it all the same", "--precision fp16")
                 builds.append(build)
             except EngineError as error:
                 console.note(f"left out: {build}: {error.problem}")

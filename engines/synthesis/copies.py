@@ -58,7 +58,7 @@ PAIRS_LISTED = 10  # of a class, in copies.json
 PAIRS_SHOWN = 3  # of a class and space, in copies.png
 CLASSES_SHOWN = 20
 
-READ_ROWS, LOOK_ROWS = 2048, 64  # bound the memory; LOOK_ROWS also fixes the features' rounding
+READ_ROWS, COMPARED_ROWS, LOOK_ROWS = 2048, 512, 64  # bound the memory, each a multiple of the next; LOOK_ROWS also fixes the rounding
 
 # -------------------------------------------------------------------------------------------------------------- findings
 
@@ -205,7 +205,7 @@ def find_copies(
     """Compare every kept image of a synthesis folder with the training images; writes copies.json and copies.png.
 
     A function of the files and the networks alone, so that a killed check is simply done again. Memory: the real images at
-    COMPARED_PX at most, and one class of generated ones.
+    COMPARED_PX at most, and COMPARED_ROWS generated ones.
 
     Args:
         guide: whose features are compared; None = pixels only.
@@ -224,11 +224,16 @@ def find_copies(
         usual = real.left_out_one_by_one(recipe.select.copy_ratio, each)
         classes = []
         for k, kept in records.items():
-            views = _views(shelf.read(kept), guide, mirrored, each)
             told: list[SpaceName] = [space for space in usual if k in usual[space] or space == "pixel"]
-            findings = {space: _finding(kept, real, space, views[space], usual[space], k, recipe.select, each) for space in told}
+            compared: dict[SpaceName, list[tuple[Neighbors, Tensor]]] = {space: [] for space in told}
+            for start in range(0, len(kept), COMPARED_ROWS):
+                block = kept[start : start + COMPARED_ROWS]
+                views = _views(shelf.read(block), guide, mirrored, each)
+                for space in told:
+                    compared[space].append(real.compare(space, views[space], None, each))
+                steps.add(len(block))
+            findings = {space: _finding(kept, real, space, compared[space], usual[space], k, recipe.select) for space in told}
             classes.append(ClassCopies(k, shelf.plan.names[k], findings))
-            steps.add(len(kept))
     totals = {space: own[ALL] for space, own in usual.items()}
     copies = Copies(tuple(classes), totals, len(real.indices), len(chosen) - len(real.indices), mirrored)
     store.write_json(shelf.folder / COPIES_FILE, copies.to_json(recipe, train))
@@ -240,13 +245,13 @@ def _finding(
     kept: Sequence[Record],
     real: _RealImages,
     space: SpaceName,
-    views: Sequence[Tensor],
+    compared: Sequence[tuple[Neighbors, Tensor]],
     usual: Mapping[int, Share],
     class_id: int,
     select: SelectSection,
-    each: Each,
 ) -> Finding:
-    found, ratios = real.compare(space, views, None, each)
+    found = Neighbors(*map(torch.cat, zip(*(neighbors for neighbors, _ in compared), strict=True)))
+    ratios = torch.cat([ratios for _, ratios in compared])
     pairs = tuple(
         Pair(kept[i], int(real.indices[found.nearest[i]]), bool(found.mirrored[i]), float(found.first[i]), float(ratios[i]))
         for i in ratios.argsort(stable=True)[:PAIRS_LISTED].tolist()

@@ -237,6 +237,16 @@ def test_a_copy_by_features_need_not_be_one_by_pixels(tmp_path: Path) -> None:
     assert pixel(found).generated.copies == 0
 
 
+def test_a_class_that_is_compared_in_parts_is_found_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = images_of(marked(np.linspace(0, 250, 20).tolist(), 1), [0] * 20)
+    folder = folder_of(tmp_path, {0: marked(np.linspace(3, 253, 150).tolist(), 2)})
+    find_copies(folder, train, Angles(1.0), recipe_of())  # type: ignore[arg-type]
+    files = [(tmp_path / name).read_bytes() for name in ("copies.json", "copies.png")]
+    monkeypatch.setattr(module, "COMPARED_ROWS", module.LOOK_ROWS)
+    find_copies(folder, train, Angles(1.0), recipe_of())  # type: ignore[arg-type]
+    assert [(tmp_path / name).read_bytes() for name in ("copies.json", "copies.png")] == files
+
+
 def test_features_say_nothing_of_a_class_of_fewer_than_three_real_images(tmp_path: Path) -> None:
     """Its second nearest real image is of another class, half a turn away: every image of the class would be a copy."""
     train = images_of(marked([0, 20, 40, 60, 80, 200, 240], 1), [0] * 5 + [1] * 2)

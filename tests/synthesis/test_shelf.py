@@ -28,8 +28,20 @@ def test_many_classes_fill_batches_well() -> None:
     assert len(batches_of(wanted, 32)) <= 1.1 * sum(wanted.values()) / 32 + 1
 
 
+def test_a_queue_of_a_million_images_names_those_that_are_next() -> None:
+    queue = queue_of(dict.fromkeys((3, 8), 500000), 32)
+    for _ in range(5):
+        assert len(queue.batch()) == 32
+        assert sum(map(len, queue._rows)) <= 2 * 32
+    assert (queue.missing, queue.total) == (1_000_000, 1_000_000)
+
+
 def batches_of(wanted: Mapping[int, int], batch_size: int) -> list[list[ImageId]]:
     """What an empty folder's queue hands out."""
+    return list(iter(queue_of(wanted, batch_size).batch, []))
+
+
+def queue_of(wanted: Mapping[int, int], batch_size: int) -> Queue:
     recipe = load('name = "test"', (f"synth.batch_size={batch_size}", "synth.max_bad=0"))
     shelf = Shelf(Path(), Plan({}, {}), {k: {} for k in wanted})
-    return list(iter(Queue(shelf, wanted, recipe).batch, []))
+    return Queue(shelf, wanted, recipe)

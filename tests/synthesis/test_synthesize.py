@@ -184,7 +184,7 @@ class Killed(BaseException):
 
 
 def dies_at(monkeypatch: pytest.MonkeyPatch, write: int, torn: bool) -> None:
-    """The process ends at its k-th write, before it, or leaving a half-written temporary file or half of the manifest's new lines behind."""
+    """The process ends at its k-th write, before it, or leaving a half-written temporary file or half of the new lines."""
     count = 0
 
     def counted(real: Callable[..., None]) -> Callable[..., None]:

@@ -9,6 +9,7 @@ import typer
 
 from diffrc_cli import console
 from diffrc_cli.options import DataOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.synth import EngineOption
 from engines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ CountOption = Annotated[int, typer.Option("--n", metavar="N", min=2, help="Image
 ClassOption = Annotated[
     list[str] | None,
     typer.Option("--class", metavar="NAME", help="A class; repeatable. Default: every medium and few class.", show_default=False),
-]
-EngineOption = Annotated[
-    Literal["onnx", "openvino", "torch", "auto"] | None,
-    typer.Option("--engine", help="What runs the U-Net; auto = the fastest that is exported and runs here.", show_default=False),
 ]
 
 

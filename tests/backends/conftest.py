@@ -108,5 +108,5 @@ def make_guide() -> MakeGuide:
 @pytest.fixture(scope="session")
 def exported_gradient(make_guide: MakeGuide) -> ExportedGradient:
     """The gradient of a guide of the network's three classes. To be read only."""
-    guide = make_guide()
+    guide = make_guide(channel_mult=(1,))  # one level: exporting a gradient takes ten seconds
     return ExportedGradient(guide, *gradient_bytes(guide, T, ExportSection(max_batch=8)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,36 +17,41 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
-from engines import store
-from engines.backends.base import REMEDY, SELF_TEST_MARGIN, package_versions, thinned, weights_sha256
-from engines.backends.graphs import Runtime, open_graph
+from engines.backends.base import REMEDY, Precision, package_versions, relative_error, thinned, weights_sha256
+from engines.backends.graphs import EXPORTERS, PACKAGES, GraphCard, Runtime, open_graph, read_graph, repeated, write_graph
 from engines.backends.onnx_file import first_line, serialized, to_onnx
 from engines.diffusion.guidance import class_gradient
 from engines.diffusion.losses import prototype_log_probs
 from engines.diffusion.noise import batch_noise, image_key
 from engines.errors import EngineError, NumericsError, ParityError
 from engines.networks.guide import Guide
+from engines.recipe import ExportSection
 
 INPUTS = ("x", "t", "y")
 OUTPUTS = ("gradient", "log_probs")
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino")
 TRACED_BATCH = 10_007  # a prime that divides no size of a guide
 EXAMPLE_BATCH = 7  # of torch.export
 SELF_TEST_BATCH = 3
 
-# The gate. A trained guide of the digits in float32: cosine 1 - 2e-11, errors 5e-6 (2e-5 where 1 - p_y is 0.004), in both runtimes.
-MIN_COSINE = 0.9999
-MAX_ERROR = 1e-4
 MIN_COMPLEMENT = 1e-2
 """The gradient is (1 - p_y) times a direction, and 1 - p_y keeps six digits less -log10(1 - p_y) of them in float32, in torch as well:
 the error allowed grows as MIN_COMPLEMENT / (1 - p_y) where a guide is surer than that."""
+
+
+class Limits(NamedTuple):
+    """How far a gradient and a guided step may be from torch's."""
+
+    cosine: float  # between gradients
+    max_error: float  # of a gradient's values, of log p and of a step's figures
+    step_error: float  # relative L2 of an image after one step
+    trajectory_psnr_db: float
+    prefix: str  # of the recipe's keys
 
 
 class GradientParity(NamedTuple):
@@ -56,42 +62,23 @@ class GradientParity(NamedTuple):
     log_prob_error: float  # the largest difference of log p, as a share of the largest |log p|
 
 
-class GradientCard(BaseModel):
-    """What an exported gradient is: the JSON beside it. Without one, none is loaded."""
+class GradientCard(GraphCard):
+    """What an exported gradient is: the JSON beside it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    format: Literal[1] = 1
     kind: Literal["gradient"] = "gradient"
-    precision: Literal["fp32"] = "fp32"
-    runtime: Runtime  # the one that passed the gate
-    recipe_sha256: str
     weights_sha256: str  # of the guide, prototypes and prior included
-    file_sha256: str
-    image_size_px: int
-    image_channels: int  # C
-    classes: int  # K; y is 0..K-1
-    timesteps: int  # T; t is 0..T-1
-    max_batch: int
-    opset: int
-    versions: dict[str, str]
-    cosine: float
-    max_error: float
-    log_prob_error: float
-    self_test: tuple[float, ...]  # torch's values at `example`, thinned out: the gradient's, then log p's
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-        return self.image_channels, self.image_size_px, self.image_size_px
+    cosine: float = math.nan  # the figures of `GradientParity`, not a number until they are measured
+    max_error: float = math.nan
+    log_prob_error: float = math.nan
 
 
 class GradientEngine:
-    """An exported gradient, called as `prototype_guidance` calls one.
+    """An exported gradient, called as `prototype_guidance` calls one. Threads may call it side by side.
 
     Args:
         data, card: of an exported file; `read_gradient` gives them.
         threads: of one evaluation; 0 = all that this process may use.
+        batch: the batch size that will be asked for, which is what the load-time test runs; 0 = that test's own.
 
     Raises:
         DataError: the file is not a graph of this kind.
@@ -99,16 +86,16 @@ class GradientEngine:
         ParityError: its numbers are not those of the card.
     """
 
-    def __init__(self, data: bytes, card: GradientCard, origin: str, threads: int = 0) -> None:
+    def __init__(self, data: bytes, card: GradientCard, origin: str, threads: int = 0, batch: int = 0) -> None:
         self.card = card
-        self._graph = open_graph(data, INPUTS, OUTPUTS, card.opset, origin, card.runtime, threads)
+        self._graph = open_graph(data, INPUTS, OUTPUTS, card.opset, origin, card.runtime, threads, card.precision)
         if card.self_test:
-            _self_test(self, origin)
+            _self_test(self, origin, batch)
 
     @classmethod
-    def load(cls, path: Path, threads: int = 0) -> GradientEngine:
+    def load(cls, path: Path, runtime: Runtime = "onnx", precision: Precision = "fp32", threads: int = 0, batch: int = 0) -> GradientEngine:
         """The engine of a file with a card beside it. Raises EngineError where they do not belong together, and as above."""
-        return cls(*read_gradient(path), str(path), threads)
+        return cls(*read_gradient(path, runtime, precision), str(path), threads, batch)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) float32, t and y (B,) int64, B <= max_batch -> the gradient (B, C, H, W) and log p (B, K), float32."""
@@ -121,39 +108,79 @@ class GradientEngine:
         return gradient, log_probs
 
 
+def limits_of(settings: ExportSection, precision: Precision) -> Limits:
+    """The recipe's limits for a precision.
+
+    Measured on trained guides of the digits: float32, cosine 1 - 3e-12 and errors of 4e-6 in both runtimes (2e-5 where 1 - p_y is
+    0.004); bf16, cosine 0.9995, errors of 0.05 of the gradient and 0.02 of log p.
+    """
+    prefix = "bf16_" if precision == "bf16" else ""
+    cosine, max_error, step_error, psnr_db = (
+        getattr(settings, prefix + key) for key in ("gradient_cosine", "gradient_max_error", "one_step_tolerance", "trajectory_psnr_db")
+    )
+    return Limits(cosine, max_error, step_error, psnr_db, prefix)
+
+
 def export_gradient(
-    guide: Guide, timesteps: int, path: Path, max_batch: int, opset: int = 20, runtime: Runtime = "onnx", recipe_sha256: str = ""
+    guide: Guide,
+    timesteps: int,
+    path: Path,
+    settings: ExportSection,
+    runtime: Runtime = "onnx",
+    precision: Precision = "fp32",
+    recipe_sha256: str = "",
+    batch: int = 0,
+    data: bytes = b"",
 ) -> GradientCard:
-    """Write `path` and the card beside it, if and only if the runtime gives torch's gradients.
+    """Write `path` and the card for one runtime, if and only if that runtime gives torch's gradients.
 
     Args:
         guide: in evaluation mode, float32, on the CPU.
         timesteps: T of the training process.
-        path: `<name>.onnx`.
+        path: `<name>.onnx`, which all runtimes share.
         recipe_sha256: goes into the card.
+        batch: the batch size of synthesis, which is checked beside others; 0 = the largest.
+        data: the file where it was made before, for another runtime; empty = made now.
 
     Raises:
-        ParityError: a number disagrees; nothing is written.
+        ParityError: a number disagrees, in this precision or before that in float32; nothing is written.
         NumericsError: the guide itself gives values that are not finite.
         EngineError: the exporter or the runtime failed.
         StorageError: the file cannot be written.
     """
-    data, card = gradient_bytes(guide, timesteps, max_batch, opset, runtime, recipe_sha256)
-    parity = gradient_parity(GradientEngine(data, card, path.name), guide)
-    refuse_disagreement(parity, path.name)
+    data, card = gradient_bytes(guide, timesteps, settings, runtime, precision, recipe_sha256, data)
+    for name, twin in _first_float32(card, settings, path.name):
+        parity = gradient_parity(GradientEngine(data, twin, name, batch=batch), guide, batch)
+        refuse_disagreement(parity, name, limits_of(settings, twin.precision))
     card = card.model_copy(update=parity._asdict())
-    store.write_bytes(path, data)
-    store.write_text(path.with_suffix(".json"), card.model_dump_json(indent=1) + "\n")
+    write_graph(path, data, card)
     return card
 
 
+def _first_float32(card: GradientCard, settings: ExportSection, name: str) -> list[tuple[str, GradientCard]]:
+    """What is held to torch: in a lower precision, whose rounding hides small errors, the same file in float32 before it."""
+    names = [(f"{name} on {card.runtime} {card.precision}", card)]
+    if card.precision == "fp32":
+        return names
+    tolerance = limits_of(settings, "fp32").max_error
+    return [(f"{name} on {card.runtime} fp32", card.model_copy(update={"precision": "fp32", "tolerance": tolerance})), *names]
+
+
 def gradient_bytes(
-    guide: Guide, timesteps: int, max_batch: int, opset: int = 20, runtime: Runtime = "onnx", recipe_sha256: str = ""
+    guide: Guide,
+    timesteps: int,
+    settings: ExportSection,
+    runtime: Runtime = "onnx",
+    precision: Precision = "fp32",
+    recipe_sha256: str = "",
+    data: bytes = b"",
 ) -> tuple[bytes, GradientCard]:
-    """The graph, and a card whose parity is not measured yet (not a number). Raises NumericsError, EngineError."""
+    """The graph, and a card whose parity is not measured yet. Raises NumericsError, EngineError. See `export_gradient`."""
     architecture = guide.encoder.architecture
+    assert precision != "fp16"
     card = GradientCard(
         runtime=runtime,
+        precision=precision,
         recipe_sha256=recipe_sha256,
         weights_sha256=weights_sha256(guide),
         file_sha256="",
@@ -161,68 +188,59 @@ def gradient_bytes(
         image_channels=architecture.in_channels,
         classes=len(guide.prototypes),
         timesteps=timesteps,
-        max_batch=max_batch,
-        opset=opset,
-        versions=package_versions(PACKAGES),
-        cosine=float("nan"),
-        max_error=float("nan"),
-        log_prob_error=float("nan"),
+        max_batch=settings.max_batch,
+        opset=settings.opset,
+        versions=package_versions((*EXPORTERS, *PACKAGES[runtime])),
+        tolerance=limits_of(settings, precision).max_error,
         self_test=(),
     )
-    x, t, y = example(card, min(SELF_TEST_BATCH, max_batch), 0)
-    values = _thinned_pair(class_gradient(guide.log_probs, x, t, y))
+    x, t, y = example(card, SELF_TEST_BATCH, 0)
+    values = torch.cat(_thinned_pair(class_gradient(guide.log_probs, x, t, y)))
     if not bool(torch.isfinite(values).all()):
         raise NumericsError("the trained guide gives values that are not finite", "train the guide again with a smaller lr")
-    inputs = dict(zip(INPUTS, example(card, EXAMPLE_BATCH, 0), strict=True))
-    model = to_onnx(gradient_module(guide, timesteps), inputs, OUTPUTS, opset)
-    provenance = {"recipe_sha256": recipe_sha256, "guide_sha256": card.weights_sha256, "timesteps": str(timesteps)}
-    data = serialized(model, provenance)
+    if not data:
+        inputs = dict(zip(INPUTS, example(card, EXAMPLE_BATCH, 0), strict=True))
+        model = to_onnx(gradient_module(guide, timesteps), inputs, OUTPUTS, settings.opset)
+        provenance = {"recipe_sha256": recipe_sha256, "guide_sha256": card.weights_sha256, "timesteps": str(timesteps)}
+        data = serialized(model, provenance)
     return data, card.model_copy(update={"file_sha256": hashlib.sha256(data).hexdigest(), "self_test": tuple(values.tolist())})
 
 
-def read_gradient(path: Path) -> tuple[bytes, GradientCard]:
+def read_gradient(path: Path, runtime: Runtime = "onnx", precision: Precision = "fp32") -> tuple[bytes, GradientCard]:
     """A file that is what its card says. Raises EngineError where one is missing or they do not belong together."""
-    try:
-        card = GradientCard.model_validate_json(path.with_suffix(".json").read_bytes())
-        data = path.read_bytes()
-    except ValidationError as error:
-        reason = f"{len(error.errors())} wrong or missing values"
-        raise EngineError(f"{path.with_suffix('.json')} is not the card of a gradient of this version: {reason}", REMEDY) from None
-    except OSError as error:
-        raise EngineError(f"cannot read {error.filename}: {error.strerror}", REMEDY) from None
-    if hashlib.sha256(data).hexdigest() != card.file_sha256:
-        raise EngineError(f"{path} is not the file that its card describes", REMEDY)
-    return data, card
+    return read_graph(path, GradientCard, runtime, precision, "a gradient")
 
 
-def gradient_parity(engine: GradientEngine, guide: Guide) -> GradientParity:
-    """The worst image over small, middle and large t and batches of 1, 2 and the largest, half of them noise and half of them quiet.
+def gradient_parity(engine: GradientEngine, guide: Guide, batch: int = 0) -> GradientParity:
+    """The worst image over small, middle and large t and batches of 1, 2, `batch` and the largest, half noise and half quiet.
 
     NaN anywhere gives NaN, which no threshold admits.
     """
     card = engine.card
     cosine, max_error, log_prob_error = [], [], []
-    for batch in sorted({1, min(2, card.max_batch), card.max_batch}):
+    for size in sorted({1, min(2, card.max_batch), batch or card.max_batch, card.max_batch}):
         for first_t in (0, card.timesteps // 2, card.timesteps - 1):
-            x, t, y = example(card, batch, first_t)
+            x, t, y = example(card, size, first_t)
             found, found_log_p = engine(x, t, y)
             expected, log_p = class_gradient(guide.log_probs, x, t, y)
             cosine.append(F.cosine_similarity(found.double().flatten(1), expected.double().flatten(1)))  # (B,)
-            size = expected.abs().flatten(1).amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+            largest = expected.abs().flatten(1).amax(1).clamp(min=torch.finfo(torch.float32).tiny)
             complement = -torch.expm1(log_p.gather(1, y[:, None]).squeeze(1).double())  # 1 - p_y
             sure = (MIN_COMPLEMENT / complement.clamp(min=1e-7)).clamp(min=1)
-            max_error.append((found - expected).abs().flatten(1).amax(1) / size / sure)
+            max_error.append((found - expected).abs().flatten(1).amax(1) / largest / sure)
             log_prob_error.append((found_log_p - log_p).abs().amax(1) / log_p.abs().amax(1).clamp(min=1))
     return GradientParity(float(torch.cat(cosine).min()), float(torch.cat(max_error).max()), float(torch.cat(log_prob_error).max()))
 
 
-def refuse_disagreement(parity: GradientParity, name: str) -> None:
+def refuse_disagreement(parity: GradientParity, name: str, limits: Limits) -> None:
     """Raise ParityError, with the numbers, where a gradient lies outside the gate."""
-    inside = parity.cosine >= MIN_COSINE and parity.max_error <= MAX_ERROR and parity.log_prob_error <= MAX_ERROR
-    if not inside:  # also where one is not a number
-        found = f"cosine {parity.cosine:.6f}, error {parity.max_error:.2g}, of log p {parity.log_prob_error:.2g}"
-        allowed = f"at least {MIN_COSINE} and at most {MAX_ERROR:g} allowed"
-        raise ParityError(f"{name} disagrees with torch's gradient: {found}; {allowed}", "--engine torch; please report it")
+    if not (parity.cosine >= limits.cosine and all(error <= limits.max_error for error in parity[1:])):  # also where one is not a number
+        raise ParityError(
+            f"{name} disagrees with torch's gradient: cosine {parity.cosine:.6f}, at least {limits.cosine:g} asked for; "
+            f"error {parity.max_error:.2g}, of log p {parity.log_prob_error:.2g}, {limits.max_error:.2g} allowed; nothing was written",
+            f"report it, or loosen export.{limits.prefix}gradient_cosine or export.{limits.prefix}gradient_max_error; "
+            "--set synth.fused=false does without",
+        )
 
 
 def example(card: GradientCard, batch: int, first_t: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -394,19 +412,25 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _self_test(engine: GradientEngine, origin: str) -> None:
+def _self_test(engine: GradientEngine, origin: str, batch: int = 0) -> None:
+    """Compare with what torch gave, in batches of `batch`. Raises ParityError."""
     card = engine.card
-    pair = engine(*example(card, min(SELF_TEST_BATCH, card.max_batch), 0))
-    found, expected = _thinned_pair(pair), torch.tensor(card.self_test, dtype=torch.float32)
-    sound = found.shape == expected.shape and all(bool(value.isfinite().all()) for value in pair)
-    error = float(((found - expected).abs() / expected.abs().clamp(min=1)).max()) if sound else float("inf")
-    limit = SELF_TEST_MARGIN * MAX_ERROR
-    if not error <= limit:
-        raise ParityError(f"{origin} disagrees with torch's gradient: relative error {error:.2g}, {limit:.2g} allowed", REMEDY)
+    parts = repeated(example(card, SELF_TEST_BATCH, 0), SELF_TEST_BATCH, min(batch or SELF_TEST_BATCH, card.max_batch))
+    pairs = [engine(*part) for part in parts]
+    gradient, log_probs = (torch.cat(outputs) for outputs in zip(*pairs, strict=True))
+    found = _thinned_pair((gradient[:SELF_TEST_BATCH], log_probs[:SELF_TEST_BATCH]))
+    values = torch.tensor(card.self_test, dtype=torch.float32)
+    sound = len(values) == sum(map(len, found)) and bool(gradient.isfinite().all()) and bool(log_probs.isfinite().all())
+    expected = values[: len(found[0])], values[len(found[0]) :]
+    error = max(relative_error(f, e) for f, e in zip(found, expected, strict=True)) if sound else math.inf
+    if not error <= card.self_test_limit:
+        raise ParityError(
+            f"{origin} disagrees with torch's gradient: relative error {error:.2g}, {card.self_test_limit:.2g} allowed", REMEDY
+        )
 
 
-def _thinned_pair(pair: tuple[Tensor, Tensor]) -> Tensor:
-    """Values of a gradient, as shares of each image's largest, then of log p."""
+def _thinned_pair(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Values of a gradient, as shares of each image's largest, and of log p."""
     gradient, log_probs = pair
     size = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.cat([thinned(gradient / size), thinned(log_probs)])
+    return thinned(gradient / size), thinned(log_probs)

@@ -1,21 +1,105 @@
-"""An ONNX graph of any inputs and outputs on ONNX Runtime or OpenVINO: tensors by name in, tensors out."""
+"""An ONNX graph of any inputs and outputs on ONNX Runtime or OpenVINO: tensors by name in, tensors out; and what its card holds."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from engines import store
 from engines.backends import ort_engine
-from engines.backends.base import Precision
+from engines.backends.base import REMEDY, SELF_TEST_MARGIN, Precision, card_path
 from engines.errors import EngineError
 
 Runtime = Literal["onnx", "openvino"]
 
 Graph = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """Inputs by name, all of one batch -> outputs in order, on the device of the first input; never views of a runtime's buffers."""
+
+
+LOOSEST = 0.5  # relative error that the load-time test allows at most: a gradient the wrong way is off by 2, none at all by 1
+EXPORTERS = ("torch", "onnx", "onnxscript")
+PACKAGES: dict[Runtime, tuple[str, ...]] = {"onnx": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+
+
+class GraphCard(BaseModel):
+    """What the card of a gradient and that of a guided step have in common. Without a card, no graph is loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal[1] = 1
+    runtime: Runtime  # the one that passed the gate
+    precision: Literal["fp32", "bf16"]  # what it computes in; inputs and outputs are float32
+    recipe_sha256: str  # of the sections that shape the network and its export
+    file_sha256: str
+    image_size_px: int
+    image_channels: int  # C
+    classes: int  # K; y is 0..K-1
+    timesteps: int  # T; t is 0..T-1
+    max_batch: int
+    opset: int
+    versions: dict[str, str]  # of the packages that made it
+    tolerance: float  # see `self_test_limit`
+    self_test: tuple[float, ...]  # torch's values at a fixed input, thinned out
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.image_channels, self.image_size_px, self.image_size_px
+
+    @property
+    def self_test_limit(self) -> float:
+        """Relative error that is allowed at load time: other processors choose other kernels."""
+        return min(SELF_TEST_MARGIN * self.tolerance, LOOSEST)
+
+
+Card = TypeVar("Card", bound=GraphCard)
+
+
+def write_graph(path: Path, data: bytes, card: GraphCard) -> None:
+    """Commit a file, then its card: killed between the two, what lies there is refused. Raises StorageError.
+
+    Cards of other runtimes for the same file stay good where its bytes do not change, and are refused where they do.
+    """
+    assert hashlib.sha256(data).hexdigest() == card.file_sha256
+    if not path.is_file() or path.read_bytes() != data:
+        store.write_bytes(path, data)
+    store.write_text(card_path(path, card.runtime, card.precision), card.model_dump_json(indent=1) + "\n")
+
+
+def read_graph(path: Path, kind: type[Card], runtime: Runtime, precision: Precision, what: str) -> tuple[bytes, Card]:
+    """A file that is what its card for a runtime and precision says. Raises EngineError where one is missing or another's.
+
+    Args:
+        what: such a card is of, for messages.
+    """
+    at = card_path(path, runtime, precision)
+    try:
+        card = kind.model_validate_json(at.read_bytes())
+        data = path.read_bytes()
+    except ValidationError as error:
+        reason = f"{len(error.errors())} wrong or missing values"
+        raise EngineError(f"{at} is not the card of {what} of this version: {reason}", REMEDY) from None
+    except OSError as error:
+        raise EngineError(f"cannot read {error.filename}: {error.strerror}", REMEDY) from None
+    if (card.runtime, card.precision) != (runtime, precision):
+        problem = f"{at} is the card of {card.runtime} in {card.precision}, not of {runtime} in {precision}"
+        raise EngineError(problem, REMEDY)
+    if hashlib.sha256(data).hexdigest() != card.file_sha256:
+        raise EngineError(f"{path} is not the file that its card describes", REMEDY)
+    return data, card
+
+
+def repeated(values: Sequence[Tensor], images: int, batch: int) -> list[tuple[Tensor, ...]]:
+    """Inputs of `images` images, again and again until they fill batches of `batch`: kernels are chosen by size."""
+    rows = torch.arange(-(-images // batch) * batch) % images
+    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    return [tuple(value[part] for value in values) for part in parts]
 
 
 def open_graph(

@@ -1,0 +1,255 @@
+"""Which way a guided step goes: in one graph, or the network with torch's guide. The graph is exported, kept, timed and chosen here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from engines.backends import choice
+from engines.backends.base import EngineFile, package_versions, read_engine, weights_sha256
+from engines.backends.choice import Build
+from engines.backends.fused import (
+    FusedCard,
+    FusedEngine,
+    Reference,
+    Rules,
+    example,
+    fused_bytes,
+    held,
+    read_fused,
+    reference_step,
+    rules_of,
+)
+from engines.backends.gradient import GradientCard, export_gradient, read_gradient
+from engines.backends.graphs import EXPORTERS, PACKAGES, Card, GraphCard, Runtime, write_graph
+from engines.diffusion.schedule import make_schedule
+from engines.errors import EngineError
+from engines.networks.guide import Guide
+from engines.networks.unet import UNet
+from engines.recipe import Recipe
+
+MAX_FILE_BYTES = 2**31 - 1  # of one protobuf message
+TIMED_TURNS = 25  # or as many as TIMED_SECONDS allow, but
+LEAST_TIMED_TURNS = 3
+TIMED_SECONDS = 6.0
+WITHOUT = "--set synth.fused=false does without"
+
+
+class GuidedBuild(NamedTuple):
+    """A runtime and precision that gradients and guided steps are made for."""
+
+    runtime: Runtime
+    precision: Literal["fp32", "bf16"]
+
+
+BUILDS = (GuidedBuild("onnx", "fp32"), GuidedBuild("openvino", "fp32"), GuidedBuild("openvino", "bf16"))
+
+
+def guided_path(network: Path, rules: Rules) -> Path:
+    """Where the guided steps of an exported network lie."""
+    return network.with_name(f"{network.stem}.guided-{rules.sampler}.onnx")
+
+
+def gradient_path(network: Path) -> Path:
+    """Where the guide's gradient lies, which all networks of a run share."""
+    return network.with_name("guide.onnx")
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, recipe_sha256: str, build: Build) -> FusedCard | None:
+    """Export the guide's gradient and the whole guided step for a build that the network was just exported for; what still fits is kept.
+
+    Args:
+        network: the exported network's file.
+        unet, guide: in evaluation mode, float32, on the CPU.
+        recipe_sha256: of the sections that shape a network and its export.
+
+    Returns: the step's card; None where the recipe wants none, or its steps are not made of one evaluation and one gradient, or
+        the build's runtime is not one of `BUILDS`.
+
+    Raises:
+        ParityError: a number disagrees with torch; nothing of what disagrees is written.
+        NumericsError: the guide gives values that are not finite.
+        EngineError: the exporter or the runtime failed.
+        StorageError: a file cannot be written.
+    """
+    rules, wanted = rules_of(recipe.synth), _guided(build)
+    if rules is None or wanted is None or not recipe.synth.fused:
+        return None
+    path, guide_sha256 = guided_path(network, rules), weights_sha256(guide)
+    file = read_engine(network, *build)
+
+    def fits(card: FusedCard) -> bool:
+        of = (card.weights_sha256, card.guide_sha256, card.rules, card.recipe_sha256)
+        return of == (file.card.weights_sha256, guide_sha256, rules, recipe_sha256)
+
+    batch, read = recipe.synth.batch_size, partial(read_fused, path)
+    kept = _current(read, wanted, fits)
+    if kept and kept.measured_batch == batch:
+        return kept
+    try:
+        gradient = _gradient(network, guide, recipe, recipe_sha256, wanted)
+        if len(file.data) + len(gradient[0]) > MAX_FILE_BYTES:
+            raise EngineError(f"network and guide take more than one ONNX file can hold: {path.name} is not made", WITHOUT)
+        schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
+        reference = Reference(unet, guide.log_probs, schedule)
+        made = _made(read, fits)
+        data, card = fused_bytes(file, gradient, rules, reference, recipe.export, made)
+        card = held(data, card, reference, path.name, recipe.export, batch)
+        card = timed(data, card, file, reference, batch)
+    except EngineError as error:
+        raise EngineError(error.problem, WITHOUT) from error
+    write_graph(path, data, card)
+    return card
+
+
+def _guided(build: Build) -> GuidedBuild | None:
+    return next((guided for guided in BUILDS if tuple(guided) == tuple(build)), None)
+
+
+def _gradient(network: Path, guide: Guide, recipe: Recipe, recipe_sha256: str, build: GuidedBuild) -> tuple[bytes, GradientCard]:
+    """The guide's exported gradient: the one that is there, or a new one."""
+    path, of = gradient_path(network), (weights_sha256(guide), recipe_sha256)
+
+    def fits(card: GradientCard) -> bool:
+        return (card.weights_sha256, card.recipe_sha256) == of
+
+    read = partial(read_gradient, path)
+    if not _current(read, build, fits):
+        data = _made(read, fits)
+        export_gradient(guide, recipe.diffusion.steps, path, recipe.export, *build, recipe_sha256, recipe.synth.batch_size, data)
+    return read_gradient(path, *build)
+
+
+Read = Callable[[Runtime, Literal["fp32", "bf16"]], tuple[bytes, Card]]
+
+
+def _current(read: Read[Card], build: GuidedBuild, fits: Callable[[Card], bool]) -> Card | None:
+    """The card of a file that was made of these weights by this recipe and these packages, or None."""
+    try:
+        _, card = read(*build)
+    except EngineError:  # missing, damaged or older: made anew
+        return None
+    return card if fits(card) and card.versions == package_versions((*EXPORTERS, *PACKAGES[build.runtime])) else None
+
+
+def _made(read: Read[Card], fits: Callable[[Card], bool]) -> bytes:
+    """The file, where a card for any runtime says that it was made of these weights by this recipe and exporter; else empty."""
+    versions = package_versions(EXPORTERS)
+    for build in BUILDS:
+        with contextlib.suppress(EngineError):
+            data, card = read(*build)
+            if fits(card) and _exporters(card) == versions:
+                return data
+    return b""
+
+
+def _exporters(card: GraphCard) -> dict[str, str]:
+    return {name: version for name, version in card.versions.items() if name in EXPORTERS}
+
+
+def timed(data: bytes, card: FusedCard, network: EngineFile, reference: Reference, batch: int) -> FusedCard:
+    """The card with the speed of a step in one graph, and of one as the network on the same runtime with torch's guide."""
+    fused = FusedEngine(data, card, "the guided step", threads=1, batch=batch)
+    engine = choice.load(network, "the network", threads=1, batch=batch)
+    apart = reference._replace(denoise=engine)
+    inputs = example(card, batch, card.timesteps // 2, reference.schedule)
+    ms, apart_ms = ms_per_image((lambda: fused(*inputs), lambda: reference_step(apart, card, *inputs)), batch)
+    return card.model_copy(update={"measured_batch": batch, "ms_per_image": ms, "apart_ms_per_image": apart_ms})
+
+
+def ms_per_image(ways: Sequence[Callable[[], object]], batch: int) -> list[float]:
+    """Milliseconds of a step divided by its images, as `synth` runs them: a batch a processor, each on one thread, side by side.
+
+    Medians; the ways take turns after one turn that is not timed.
+    """
+    workers = len(os.sched_getaffinity(0))
+    together = threading.Barrier(workers)  # each thread has one batch
+
+    def one(way: Callable[[], object]) -> None:
+        together.wait()
+        way()
+
+    times: list[list[float]] = [[] for _ in ways]
+    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        first = time.perf_counter()
+        for turn in range(TIMED_TURNS + 1):
+            if turn > LEAST_TIMED_TURNS and time.perf_counter() - first > TIMED_SECONDS:
+                break
+            for way, spent in zip(ways, times, strict=True):
+                started = time.perf_counter()
+                list(pool.map(one, [way] * workers))
+                spent += [time.perf_counter() - started] if turn else []
+    return [1000 * statistics.median(spent) / (batch * workers) for spent in times]
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------------------ choice
+
+
+class Way(NamedTuple):
+    """How guided steps are made, and why."""
+
+    file: tuple[bytes, FusedCard] | None  # None: the network and torch's guide
+    why: str  # "" where nothing was to be chosen
+
+
+def choose(
+    network: Path, engine: Build, recipe: Recipe, weights: str, guide: str, made_with: str | None = None, command: str = "diffrc export"
+) -> Way:
+    """A step in one graph, where one is published for the engine that runs, fits the job and was the faster way when it was exported.
+
+    Args:
+        network: the exported network's file.
+        weights, guide: sha256 of the weights of both.
+        made_with: sha256 of the file that made the images that are to be continued; "" where they were made without one; None
+            where there are none. They are continued as they were begun.
+        command: what exports the network.
+    """
+    rules, build = rules_of(recipe.synth), _guided(engine)
+    if rules is None or build is None or not recipe.synth.fused:
+        return Way(None, "")
+    path = guided_path(network, rules)
+    if not path.is_file():
+        return Way(None, f"torch's guide; {path.name}, a whole step in one graph, is not exported: {command}")
+    try:
+        data, card = read_fused(path, *build)
+    except EngineError as error:
+        return Way(None, f"torch's guide; not in one graph: {error.problem}")
+    others = {
+        "of another network": card.weights_sha256 != weights,
+        "of another guide": card.guide_sha256 != guide,
+        "of other rules of guidance": card.rules != rules,
+        "of another process": card.timesteps != recipe.diffusion.steps,
+        f"checked up to batch {card.max_batch}": card.max_batch < recipe.synth.batch_size,
+    }
+    if found := [what for what, other in others.items() if other]:
+        return Way(None, f"torch's guide; {path.name} is {' and '.join(found)}: {command}")
+    if made_with is not None and made_with in ("", card.file_sha256):
+        way = "one graph" if made_with else "torch's guide"
+        return Way((data, card) if made_with else None, f"{way} (the images there were made with it)")
+    speeds = f"{card.ms_per_image:.3g} ms an image", f"{card.apart_ms_per_image:.3g}"
+    if card.ms_per_image > card.apart_ms_per_image:
+        return Way(None, f"torch's guide, {speeds[1]} ms an image against {speeds[0].split(' ')[0]} in one graph")
+    return Way((data, card), f"one graph, {speeds[0]} against {speeds[1]} with torch's guide")

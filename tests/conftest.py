@@ -75,6 +75,7 @@ def tiny_settings() -> tuple[str, ...]:
         *(f"{stage}.sample_every_steps=0" for stage in ("source", "target")),
         "synth.steps=4",
         "synth.batch_size=4",
+        "synth.fused=false",  # exporting the guide takes twenty seconds: who tests that says so
         "export.max_batch=8",
         "recognizer.train_steps=4",
         "recognizer.warmup_steps=1",

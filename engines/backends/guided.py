@@ -36,7 +36,7 @@ from engines.diffusion.schedule import make_schedule
 from engines.errors import EngineError
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
-from engines.recipe import Recipe
+from engines.recipe import ExportSection, Recipe
 
 MAX_FILE_BYTES = 2**31 - 1  # of one protobuf message
 TIMED_TURNS = 25  # or as many as TIMED_SECONDS allow, but
@@ -68,16 +68,21 @@ def gradient_path(network: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ export
 
 
-def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, recipe_sha256: str, build: Build) -> FusedCard | None:
+def is_wanted(recipe: Recipe, build: Build) -> bool:
+    """Whether whole guided steps are made for a build: not where the recipe wants none, or its steps are not made of one evaluation
+    and one gradient, or the runtime is not one of `BUILDS`."""
+    return recipe.synth.fused and rules_of(recipe.synth) is not None and _guided(build) is not None
+
+
+def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, build: Build) -> FusedCard:
     """Export the guide's gradient and the whole guided step for a build that the network was just exported for; what still fits is kept.
 
     Args:
         network: the exported network's file.
         unet, guide: in evaluation mode, float32, on the CPU.
-        recipe_sha256: of the sections that shape a network and its export.
+        recipe, build: of which `is_wanted` holds.
 
-    Returns: the step's card; None where the recipe wants none, or its steps are not made of one evaluation and one gradient, or
-        the build's runtime is not one of `BUILDS`.
+    Returns: the step's card.
 
     Raises:
         ParityError: a number disagrees with torch; nothing of what disagrees is written.
@@ -86,28 +91,28 @@ def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, recip
         StorageError: a file cannot be written.
     """
     rules, wanted = rules_of(recipe.synth), _guided(build)
-    if rules is None or wanted is None or not recipe.synth.fused:
-        return None
+    assert rules is not None and wanted is not None, "ask `is_wanted`"
     path, guide_sha256 = guided_path(network, rules), weights_sha256(guide)
     file = read_engine(network, *build)
+    settings = recipe.export.model_copy(update={"opset": file.card.opset})
 
     def fits(card: FusedCard) -> bool:
         of = (card.weights_sha256, card.guide_sha256, card.rules, card.recipe_sha256)
-        return of == (file.card.weights_sha256, guide_sha256, rules, recipe_sha256)
+        return of == (file.card.weights_sha256, guide_sha256, rules, file.card.recipe_sha256)
 
     batch, read = recipe.synth.batch_size, partial(read_fused, path)
     kept = _current(read, wanted, fits)
     if kept and kept.measured_batch == batch:
         return kept
     try:
-        gradient = _gradient(network, guide, recipe, recipe_sha256, wanted)
+        gradient = _gradient(gradient_path(network), guide, recipe, settings, file.card.recipe_sha256, wanted)
         if len(file.data) + len(gradient[0]) > MAX_FILE_BYTES:
             raise EngineError(f"network and guide take more than one ONNX file can hold: {path.name} is not made", WITHOUT)
         schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
         reference = Reference(unet, guide.log_probs, schedule)
         made = _made(read, fits)
-        data, card = fused_bytes(file, gradient, rules, reference, recipe.export, made)
-        card = held(data, card, reference, path.name, recipe.export, batch)
+        data, card = fused_bytes(file, gradient, rules, reference, settings, made)
+        card = held(data, card, reference, path.name, settings, batch)
         card = timed(data, card, file, reference, batch)
     except EngineError as error:
         raise EngineError(error.problem, WITHOUT) from error
@@ -119,17 +124,19 @@ def _guided(build: Build) -> GuidedBuild | None:
     return next((guided for guided in BUILDS if tuple(guided) == tuple(build)), None)
 
 
-def _gradient(network: Path, guide: Guide, recipe: Recipe, recipe_sha256: str, build: GuidedBuild) -> tuple[bytes, GradientCard]:
+def _gradient(
+    path: Path, guide: Guide, recipe: Recipe, settings: ExportSection, recipe_sha256: str, build: GuidedBuild
+) -> tuple[bytes, GradientCard]:
     """The guide's exported gradient: the one that is there, or a new one."""
-    path, of = gradient_path(network), (weights_sha256(guide), recipe_sha256)
+    of = (weights_sha256(guide), recipe_sha256, settings.opset)
 
     def fits(card: GradientCard) -> bool:
-        return (card.weights_sha256, card.recipe_sha256) == of
+        return (card.weights_sha256, card.recipe_sha256, card.opset) == of
 
     read = partial(read_gradient, path)
     if not _current(read, build, fits):
         data = _made(read, fits)
-        export_gradient(guide, recipe.diffusion.steps, path, recipe.export, *build, recipe_sha256, recipe.synth.batch_size, data)
+        export_gradient(guide, recipe.diffusion.steps, path, settings, *build, recipe_sha256, recipe.synth.batch_size, data)
     return read_gradient(path, *build)
 
 
@@ -208,6 +215,15 @@ def _one_thread_each() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------ choice
 
 
+def published(network: Path, recipe: Recipe, build: Build) -> FusedCard | None:
+    """The card of the guided step that lies there for a network and build, or None. Raises EngineError where it is damaged."""
+    rules, guided = rules_of(recipe.synth), _guided(build)
+    if rules is None or guided is None or not recipe.synth.fused or not guided_path(network, rules).is_file():
+        return None
+    _, card = read_fused(guided_path(network, rules), *guided)
+    return card
+
+
 class Way(NamedTuple):
     """How guided steps are made, and why."""
 
@@ -228,7 +244,7 @@ def choose(
         command: what exports the network.
     """
     rules, build = rules_of(recipe.synth), _guided(engine)
-    if rules is None or build is None or not recipe.synth.fused:
+    if rules is None or build is None or not is_wanted(recipe, engine):
         return Way(None, "")
     path = guided_path(network, rules)
     if not path.is_file():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines import store
-from engines.backends import choice, gate, trt_engine
+from engines.backends import choice, gate, guided, trt_engine
 from engines.backends.base import (
     Engine,
     EngineCard,
@@ -83,8 +83,24 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
                     run.add_cost(f"export.{model}", time.perf_counter() - started)
             assert card
             cards.append(card)
+            _guided_step(run, unet, path, build)
     report("export", len(cards), len(cards), {})
     return cards
+
+
+def _guided_step(run: RunFolder, unet: UNet, network: Path, build: Build) -> None:
+    """The guide's gradient and the whole guided step for a build of a network, where the recipe has a use for them; see `guided`."""
+    from engines.training.stages import load_guide
+
+    if not guided.is_wanted(run.recipe, build) or choice.device_of(build, run.recipe.synth.device).type != "cpu":
+        return
+    try:
+        guide = load_guide(run).eval().requires_grad_(False)
+    except UsageError:  # not trained: unguided images need none
+        return
+    started = time.perf_counter()
+    guided.export_guided(network, unet, guide, run.recipe, build)
+    run.add_cost("export.guided", time.perf_counter() - started)
 
 
 def builds_of_recipe(recipe: Recipe) -> tuple[Build, ...]:

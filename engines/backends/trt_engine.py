@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from engines import store
-from engines.backends.base import EngineCard, EngineFile, card_path, check_input, self_test, self_test_batch
+from engines.backends.base import EngineCard, EngineFile, card_path, check_input, package_versions, self_test, self_test_batch
 from engines.backends.ort_engine import OUTPUT, check_model, input_names
 from engines.errors import EngineError, StorageError
 
@@ -286,7 +286,7 @@ def make_plan(
             "max_batch": batches.largest,
             "device": device.gpu.name,
             "tolerance": tolerance,
-            "versions": onnx.card.versions | {"tensorrt": str(device.tensorrt().__version__)},
+            "versions": onnx.card.versions | package_versions(("tensorrt",)),  # what the library itself says is in the key
         }
     )
     build = wanted(onnx.card, batches, device)

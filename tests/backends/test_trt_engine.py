@@ -192,7 +192,7 @@ def test_the_card_tells_all_that_the_plan_depends_on(plan: Path, onnx_file: Engi
     assert (card.engine.kind, card.engine.max_batch, card.build.precision) == ("tensorrt", 8, "fp32")
     assert card.workspace_bytes == 256 * MIB
     assert 0 < card.engine.one_step_error <= TOLERANCE
-    assert card.engine.versions["tensorrt"] == machine.version
+    assert (card.build.tensorrt, card.engine.device) == (machine.version, machine.gpu.name)
 
 
 def test_the_plan_is_pure_and_lies_in_a_folder_of_ours(plan: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from diffrc_cli import console
-from diffrc_cli.options import ForceOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.options import EngineDeviceOption, ForceOption, JsonOption, PrecisionOption, RunOption, SetOption
 from engines.errors import EngineError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def export(
     model: ModelOption = None,
     engine: EngineOption = None,
     precision: PrecisionOption = None,
+    device: EngineDeviceOption = None,
     batch: BatchOption = None,
     opset: OpsetOption = None,
     diffusers: DiffusersOption = None,
@@ -64,10 +65,10 @@ def export(
     from engines.backends.export import export_run, onnx_path
     from engines.store import open_run
 
-    if diffusers and (engine or precision or batch or opset):
-        raise UsageError("--diffusers writes no engine", "leave --engine, --precision, --batch and --opset out")
-    typed = {"max_batch": batch, "opset": opset}
-    folder = open_run(run, (*(overrides or ()), *(f"export.{key}={value}" for key, value in typed.items() if value is not None)))
+    if diffusers and (engine or precision or device or batch or opset):
+        raise UsageError("--diffusers writes no engine", "leave --engine, --precision, --device, --batch and --opset out")
+    typed = {"export.max_batch": batch, "export.opset": opset, "synth.device": device}
+    folder = open_run(run, (*(overrides or ()), *(f"{key}={value}" for key, value in typed.items() if value is not None)))
     model = model or folder.recipe.synth.model
     if diffusers:
         _to_diffusers(folder, model, diffusers, force, json)
@@ -126,6 +127,7 @@ def _show(model: str, path: Path, card: EngineCard) -> None:
         f"against torch: one evaluation within {card.one_step_error:.1e} (allowed {card.tolerance:.0e}), "
         f"50 steps within {card.trajectory_psnr_db:.0f} dB; "
         f"{card.ms_per_image:.3g} ms an image at batch {card.measured_batch}, torch {card.torch_ms_per_image:.3g}"
+        + (f"; on {card.device}" if card.device != "cpu" else "")
     )
 
 

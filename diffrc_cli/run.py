@@ -37,10 +37,12 @@ def run(
     from engines.training.sinks import open_sinks, require_packages
     from engines.training.stages import train_run
 
-    settings, path = recipe_of_run(recipe, data, run, overrides)
+    everywhere = ["synth.device=cpu"] if device == "cpu" else []  # a GPU is the engines' too only where their runtime can use it
+    settings, path = recipe_of_run(recipe, data, run, [*(overrides or ()), *everywhere])
     where = choose_device(device)
     for build in builds_of_recipe(settings):
         choice.require(build)
+        choice.device_of(build, settings.synth.device)
     require_packages(log or ())
     tail = prepare(settings.data, None)
     if not len(tail.test):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import time
@@ -31,6 +32,7 @@ from engines.backends.base import (
 )
 from engines.backends.cast import BF16_OPSET, cast_unet, rounded_unet, widened
 from engines.backends.choice import BUILDS, Build
+from engines.backends.device import CPU, device_name
 from engines.backends.gate import Labeler
 from engines.backends.keys import EXPORTERS, RUNTIMES, differences, export_digest, versions_now, wanted
 from engines.backends.onnx_file import serialized, to_onnx, to_opset
@@ -76,10 +78,13 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
             report("export", len(cards), len(models) * len(builds), {})
             choice.require(build, file_opset(recipe.export, build))
             for needed in (choice.source_of(build), build):  # what a plan is built from passes its own gate first
-                card = needed and _current(path, unet, recipe, needed)
-                if needed and not card:
+                if needed is None:
+                    continue
+                device = choice.device_of(needed, recipe.synth.device if needed == build else "auto")
+                card = _current(path, unet, recipe, needed, device)
+                if card is None:
                     started = time.perf_counter()
-                    card = _exported(run, unet, path, needed, labeler())
+                    card = _exported(run, unet, path, needed, labeler(), device)
                     run.add_cost(f"export.{model}", time.perf_counter() - started)
             assert card
             cards.append(card)
@@ -145,6 +150,7 @@ def export_onnx(
     batch: int = 0,
     data: bytes = b"",
     labeler: Labeler | None = None,
+    device: torch.device = CPU,
 ) -> EngineCard:
     """Write `path` and the card of one engine that runs it, if and only if that engine gives torch's numbers.
 
@@ -164,6 +170,7 @@ def export_onnx(
         batch: the batch size of synthesis, at which its speed is measured; 0 = the largest.
         data: the ONNX file where it was made before, for another build; empty = made now.
         labeler: says which class an image is of; see `labeler_of`.
+        device: where it is held to torch and measured, torch being there as well; see `choice.device_of`.
 
     Raises:
         ParityError: a number disagrees, in the build's precision or before that in float32; nothing is written, what was measured is told.
@@ -173,7 +180,8 @@ def export_onnx(
     """
     opset, path = file_opset(settings, build), engine_path(path, *build)
     choice.require(build, opset)
-    reference, limits = TorchEngine(unet, len(schedule), settings.max_batch), gate.limits_of(settings, build.precision)
+    there, on_gpu = _moved(unet, device), device.type == "cuda"
+    reference, limits = TorchEngine(there, len(schedule), settings.max_batch), gate.limits_of(settings, build.precision, on_gpu)
     card = reference.card.model_copy(
         update={
             "kind": build.kind,
@@ -191,11 +199,11 @@ def export_onnx(
     card = card.model_copy(update={"file_sha256": hashlib.sha256(data).hexdigest(), "self_test": tuple(values.tolist())})
     file, batch, name = EngineFile(data, card), batch or card.max_batch, f"{path.name} on {build}"
     if build.precision != "fp32":
-        _require_twin(file, unet, path, settings, reference, batch)
+        _require_twin(file, there, path, settings, reference, batch)
     if build in BUILDS:
-        parity = gate.hold(choice.load(file, name, batch=batch), reference, schedule, limits, batch, name, labeler)
+        parity = gate.hold(choice.load(file, name, batch=batch, device=device), reference, schedule, limits, batch, name, labeler)
     else:
-        cast = TorchEngine(cast_unet(unet, build.precision), len(schedule), settings.max_batch)
+        cast = TorchEngine(cast_unet(there, build.precision), len(schedule), settings.max_batch)
         name = f"{path.name}, cast in torch,"
         parity = gate.hold(cast, reference, schedule, limits, batch, name, labeler)._replace(ms_per_image=0.0)
     card = card.model_copy(update=parity._asdict())
@@ -220,7 +228,8 @@ def export_plan(
     source = choice.source_of(build)
     assert source is not None
     onnx, plan = read_engine(engine_path(path, *source), *source), engine_path(path, *build)
-    reference, limits = TorchEngine(unet, len(schedule), settings.max_batch), gate.limits_of(settings, build.precision, on_gpu=True)
+    there = _moved(unet, torch.device("cuda") if torch.cuda.is_available() else CPU)  # a CPU would take most of the gate's time
+    reference, limits = TorchEngine(there, len(schedule), settings.max_batch), gate.limits_of(settings, build.precision, on_gpu=True)
     batches = trt_engine.batches_of(onnx.card)
 
     def passed(card: EngineCard, engine: Engine) -> EngineCard:
@@ -242,7 +251,9 @@ def _require_twin(file: EngineFile, unet: UNet, path: Path, settings: ExportSect
     In a lower precision, rounding hides what is small: on a trained network a t off by one is within bf16's limit. A file that was
     cast is widened for it, and compared with torch in float32 with weights that are rounded as its own.
     """
-    limit, kind, precision = settings.one_step_tolerance, file.card.kind, file.card.precision
+    device, kind, precision = next(unet.parameters()).device, file.card.kind, file.card.precision
+    limits = gate.limits_of(settings, "fp32", device.type == "cuda")
+    limit = limits.one_step_tolerance
     origin, data = f"{path.name} on {kind} fp32", file.data
     if kind == "onnx":
         data = widened(data)
@@ -250,12 +261,12 @@ def _require_twin(file: EngineFile, unet: UNet, path: Path, settings: ExportSect
     values = thinned(reference(*example_input(file.card, self_test_batch(file.card), 0)))
     card = file.card.model_copy(update={"precision": "fp32", "tolerance": limit, "self_test": tuple(values.tolist())})
     card = card.model_copy(update={"file_sha256": hashlib.sha256(data).hexdigest()})
-    error = gate.one_step_error(choice.load(EngineFile(data, card), origin, batch=batch), reference, batch)
+    error = gate.one_step_error(choice.load(EngineFile(data, card), origin, batch=batch, device=device), reference, batch)
     if not error <= limit:
         raise ParityError(
             f"{origin} disagrees with torch: relative error {error:.2g} of one evaluation, {limit:.2g} allowed; "
             f"so it is not tried in {precision}; nothing was written",
-            "report it, or loosen export.one_step_tolerance",
+            f"report it, or loosen export.{limits.keys[0]}",
         )
 
 
@@ -292,8 +303,13 @@ class _Graph(nn.Module):
         return self.unet.denoise(x, F.embedding(t, self.table), y)
 
 
-def _current(path: Path, unet: UNet, recipe: Recipe, build: Build) -> EngineCard | None:
-    """The card of an engine that was made from these weights by this recipe and these packages, or None."""
+def _moved(unet: UNet, device: torch.device) -> UNet:
+    """The network on a device; where it is exported from, it stays."""
+    return unet if device == CPU else copy.deepcopy(unet).to(device)
+
+
+def _current(path: Path, unet: UNet, recipe: Recipe, build: Build, device: torch.device) -> EngineCard | None:
+    """The card of an engine that was made from these weights by this recipe and these packages, and measured here, or None."""
     try:
         card = choice.read(path, build).card
     except EngineError:  # missing, damaged, older or of another machine: made anew
@@ -302,16 +318,17 @@ def _current(path: Path, unet: UNet, recipe: Recipe, build: Build) -> EngineCard
         return card
     asked = wanted(recipe, card, build.kind, weights_sha256=weights_sha256(unet))
     asked |= {"recipe_sha256": export_digest(recipe), "measured_batch": recipe.synth.batch_size}  # the batch that was typed now, too
+    asked |= {"device": device_name(device)}
     return None if differences(card, asked) else card
 
 
-def _exported(run: RunFolder, unet: UNet, path: Path, build: Build, labeler: Labeler | None) -> EngineCard:
+def _exported(run: RunFolder, unet: UNet, path: Path, build: Build, labeler: Labeler | None, device: torch.device) -> EngineCard:
     recipe = run.recipe
     schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
     if build.kind == "tensorrt":
         return export_plan(unet, schedule, path, recipe.export, build, labeler)
     data, batch = _made_before(path, unet, recipe, build), recipe.synth.batch_size
-    return export_onnx(unet, schedule, path, recipe.export, export_digest(recipe), build, batch, data, labeler)
+    return export_onnx(unet, schedule, path, recipe.export, export_digest(recipe), build, batch, data, labeler, device)
 
 
 def _made_before(path: Path, unet: UNet, recipe: Recipe, build: Build) -> bytes:

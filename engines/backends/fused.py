@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from engines.backends.base import REMEDY, EngineFile, Precision, package_versions, relative_error, thinned
 from engines.backends.gradient import OUTPUTS as GRADIENT_OUTPUTS
 from engines.backends.gradient import GradientCard, Limits, limits_of
-from engines.backends.graphs import EXPORTERS, PACKAGES, GraphCard, Runtime, open_graph, read_graph, repeated, write_graph
+from engines.backends.graphs import GraphCard, Runtime, open_graph, read_graph, repeated, write_graph
+from engines.backends.keys import EXPORTERS, RUNTIMES
 from engines.backends.onnx_file import serialized, to_onnx
 from engines.backends.ort_engine import OUTPUT
 from engines.diffusion.guidance import GradientNorm, LogProbs, class_gradient, prototype_guidance, push_of
@@ -245,7 +246,7 @@ def fused_bytes(
         timesteps=unet.timesteps,
         max_batch=min(unet.max_batch, guide.max_batch),
         opset=unet.opset,
-        versions=package_versions((*EXPORTERS, *PACKAGES[guide.runtime])),
+        versions=package_versions((*EXPORTERS, *RUNTIMES[guide.runtime])),
         tolerance=limits_of(settings, guide.precision).step_error,
         self_test=(),
         self_test_schedule=(),

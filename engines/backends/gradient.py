@@ -24,7 +24,8 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from engines.backends.base import REMEDY, Precision, package_versions, relative_error, thinned, weights_sha256
-from engines.backends.graphs import EXPORTERS, PACKAGES, GraphCard, Runtime, open_graph, read_graph, repeated, write_graph
+from engines.backends.graphs import GraphCard, Runtime, open_graph, read_graph, repeated, write_graph
+from engines.backends.keys import EXPORTERS, RUNTIMES
 from engines.backends.onnx_file import first_line, serialized, to_onnx
 from engines.diffusion.guidance import class_gradient
 from engines.diffusion.losses import prototype_log_probs
@@ -190,7 +191,7 @@ def gradient_bytes(
         timesteps=timesteps,
         max_batch=settings.max_batch,
         opset=settings.opset,
-        versions=package_versions((*EXPORTERS, *PACKAGES[runtime])),
+        versions=package_versions((*EXPORTERS, *RUNTIMES[runtime])),
         tolerance=limits_of(settings, precision).max_error,
         self_test=(),
     )

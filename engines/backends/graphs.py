@@ -23,8 +23,6 @@ Graph = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 
 
 LOOSEST = 0.5  # relative error that the load-time test allows at most: a gradient the wrong way is off by 2, none at all by 1
-EXPORTERS = ("torch", "onnx", "onnxscript")
-PACKAGES: dict[Runtime, tuple[str, ...]] = {"onnx": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
 
 
 class GraphCard(BaseModel):

@@ -31,7 +31,8 @@ from engines.backends.fused import (
     rules_of,
 )
 from engines.backends.gradient import GradientCard, export_gradient, read_gradient
-from engines.backends.graphs import EXPORTERS, PACKAGES, Card, GraphCard, Runtime, write_graph
+from engines.backends.graphs import Card, GraphCard, Runtime, write_graph
+from engines.backends.keys import EXPORTERS, RUNTIMES, differences, wanted
 from engines.diffusion.schedule import make_schedule
 from engines.errors import EngineError
 from engines.networks.guide import Guide
@@ -90,8 +91,8 @@ def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, build
         EngineError: the exporter or the runtime failed.
         StorageError: a file cannot be written.
     """
-    rules, wanted = rules_of(recipe.synth), _guided(build)
-    assert rules is not None and wanted is not None, "ask `is_wanted`"
+    rules, guided = rules_of(recipe.synth), _guided(build)
+    assert rules is not None and guided is not None, "ask `is_wanted`"
     path, guide_sha256 = guided_path(network, rules), weights_sha256(guide)
     file = read_engine(network, *build)
     settings = recipe.export.model_copy(update={"opset": file.card.opset})
@@ -101,11 +102,11 @@ def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, build
         return of == (file.card.weights_sha256, guide_sha256, rules, file.card.recipe_sha256)
 
     batch, read = recipe.synth.batch_size, partial(read_fused, path)
-    kept = _current(read, wanted, fits)
+    kept = _current(read, guided, fits)
     if kept and kept.measured_batch == batch:
         return kept
     try:
-        gradient = _gradient(gradient_path(network), guide, recipe, settings, file.card.recipe_sha256, wanted)
+        gradient = _gradient(gradient_path(network), guide, recipe, settings, file.card.recipe_sha256, guided)
         if len(file.data) + len(gradient[0]) > MAX_FILE_BYTES:
             raise EngineError(f"network and guide take more than one ONNX file can hold: {path.name} is not made", WITHOUT)
         schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
@@ -149,7 +150,7 @@ def _current(read: Read[Card], build: GuidedBuild, fits: Callable[[Card], bool])
         _, card = read(*build)
     except EngineError:  # missing, damaged or older: made anew
         return None
-    return card if fits(card) and card.versions == package_versions((*EXPORTERS, *PACKAGES[build.runtime])) else None
+    return card if fits(card) and card.versions == package_versions((*EXPORTERS, *RUNTIMES[build.runtime])) else None
 
 
 def _made(read: Read[Card], fits: Callable[[Card], bool]) -> bytes:
@@ -253,15 +254,9 @@ def choose(
         data, card = read_fused(path, *build)
     except EngineError as error:
         return Way(None, f"torch's guide; not in one graph: {error.problem}")
-    others = {
-        "of another network": card.weights_sha256 != weights,
-        "of another guide": card.guide_sha256 != guide,
-        "of other rules of guidance": card.rules != rules,
-        "of another process": card.timesteps != recipe.diffusion.steps,
-        f"checked up to batch {card.max_batch}": card.max_batch < recipe.synth.batch_size,
-    }
-    if found := [what for what, other in others.items() if other]:
-        return Way(None, f"torch's guide; {path.name} is {' and '.join(found)}: {command}")
+    fitting = {**wanted(recipe, card, card.runtime, weights_sha256=weights, guide_sha256=guide), "rules": rules}
+    if found := differences(card, fitting):
+        return Way(None, f"torch's guide; {path.name} does not fit ({'; '.join(map(str, found))}): {command}")
     if made_with is not None and made_with in ("", card.file_sha256):
         way = "one graph" if made_with else "torch's guide"
         return Way((data, card) if made_with else None, f"{way} (the images there were made with it)")

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from engines.backends import choice
-from engines.backends.base import Engine, EngineFile, Precision, package_versions, weights_sha256
+from engines.backends import choice, guided
+from engines.backends.base import Engine, EngineCard, EngineFile, Precision, package_versions, weights_sha256
+from engines.backends.choice import Build
 from engines.backends.device import CPU, OutOfMemory, choose_device, exact_float32, gpu_failures
 from engines.backends.export import onnx_path
+from engines.backends.fused import FusedEngine
 from engines.backends.keys import RUNTIMES, check_card
 from engines.backends.torch_engine import TorchEngine, held_engine
 from engines.data.batches import to_pixels, to_tensor
 from engines.data.decode import Pixels
 from engines.diffusion.guidance import ClassGradient, class_gradient, classifier_free, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
-from engines.diffusion.sampler import Denoiser, StepLog, sample
+from engines.diffusion.sampler import Denoiser, GuidedStep, StepLog, sample
 from engines.diffusion.schedule import Schedule, make_schedule, respace
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
@@ -62,6 +65,7 @@ class Maker:
     engine: Engine
     guide: Guide | None
     device: torch.device = CPU  # where x, the schedule and the guide are
+    fused: FusedEngine | None = None  # makes guided steps whole, in place of the engine and torch's guide
 
     @property
     def parallel(self) -> int:
@@ -103,6 +107,7 @@ class Maker:
                 synth.step_unit,
                 synth.clip_denoised,
                 log,
+                self._guided_step(y, timed),
                 interval=synth.guidance_interval,
                 plain=timed(denoiser(self.engine, y)),
             )  # (B, C, H, W)
@@ -146,13 +151,19 @@ class Maker:
             timed(lambda x, t, y: class_gradient(guide.log_probs, x, t, y)),
         )
 
+    def _guided_step(self, y: Tensor, timed: Callable[[GuidedStep], GuidedStep]) -> GuidedStep | None:
+        synth = self.recipe.synth
+        if self.fused is None:
+            return None
+        return timed(self.fused.bind(self.schedule, y, synth.eta, synth.guidance_scale, synth.guidance_scale_max))
+
 
 def open_maker(run: RunFolder, model: Model, made_with: MadeWith = NOTHING_YET, tell: Callable[[str], None] = lambda _: None) -> Maker:
     """The networks of a run, ready to draw.
 
     Args:
         made_with: what made the images that are to be continued, if any; it makes the others too where it can.
-        tell: hears which engine was chosen and why, where there was a choice.
+        tell: hears which engine was chosen and why, where there was a choice; and which way guided steps are made.
 
     Raises UsageError where a stage is not trained, EngineError for an engine that is missing, stale or cannot run here.
     """
@@ -166,9 +177,61 @@ def open_maker(run: RunFolder, model: Model, made_with: MadeWith = NOTHING_YET, 
     packages = ("diffrc", "numpy", "pillow", "torch", *RUNTIMES.get(engine.card.kind, ()))
     guide_sha256 = weights_sha256(guide) if guide else ""
     versions = package_versions(packages)
-    plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, versions, device=device.type, compiled=compiled)
+    fused = _fused_step(run, model, engine, device, guide_sha256, made_with, tell) if guide else None
+    if isinstance(engine, _WhenAsked) and not (fused and _guides_every_step(recipe)):
+        engine = engine.loaded()
+    guided_sha256 = fused.card.file_sha256 if fused else ""
+    plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, versions, guided_sha256, device.type, compiled)
     plan = replace(plan, stages={stage: reuse.mark(run.path, stage) for stage in (model, *(("guide",) if guide else ()))})
-    return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False).to(device) if guide else None, device)
+    return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False).to(device) if guide else None, device, fused)
+
+
+def _fused_step(
+    run: RunFolder,
+    model: Model,
+    engine: Engine,
+    device: torch.device,
+    guide_sha256: str,
+    made_with: MadeWith,
+    tell: Callable[[str], None],
+) -> FusedEngine | None:
+    """What makes whole guided steps for the engine that runs, or None where the network and torch's guide make them."""
+    card, path = engine.card, onnx_path(run, model)
+    if device != CPU or card.kind == "torch":
+        return None
+    build, command = Build(card.kind, card.precision), _export_command(run, model)
+    way = guided.choose(path, build, run.recipe, card.weights_sha256, guide_sha256, made_with.guided_sha256, command)
+    if way.why:
+        tell(f"guided step: {way.why}")
+    return FusedEngine(*way.file, f"the guided step of {path} on {build}", 1, run.recipe.synth.batch_size) if way.file else None
+
+
+def _guides_every_step(recipe: Recipe) -> bool:
+    first, last = recipe.synth.guidance_interval
+    return first == 0 and last >= recipe.diffusion.steps - 1
+
+
+class _WhenAsked:
+    """An engine that is loaded at its first evaluation: where whole steps come from one graph, there may be none."""
+
+    def __init__(self, card: EngineCard, load: Callable[[], Engine]) -> None:
+        self._card, self._load, self._turn = card, load, threading.Lock()
+        self._engine: Engine | None = None
+
+    @property
+    def card(self) -> EngineCard:
+        """What it is."""
+        return self._card
+
+    def loaded(self) -> Engine:
+        """The engine itself. Raises as `choice.load` does."""
+        with self._turn:
+            self._engine = self._engine or self._load()
+            return self._engine
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """See `Engine.__call__`."""
+        return self.loaded()(x, t, y)
 
 
 def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell: Callable[[str], None]) -> tuple[Engine, torch.device]:
@@ -186,8 +249,9 @@ def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell:
     chosen = choice.choose(path, choice.builds_of(synth.engine, synth.precision), check, made_with.build, command, device)
     if chosen.why:
         tell(f"engine: {chosen.build} ({chosen.why})")
-    engine = choice.load(chosen.file, f"{path} on {chosen.build}", threads=1, batch=synth.batch_size, device=chosen.device)
-    return engine, chosen.device
+    origin = f"{path} on {chosen.build}"
+    load = partial(choice.load, chosen.file, origin, threads=1, batch=synth.batch_size, device=chosen.device)
+    return _WhenAsked(chosen.file.card, load), chosen.device
 
 
 def _torch_engine(recipe: Recipe, unet: UNet, tell: Callable[[str], None]) -> TorchEngine:

@@ -1,4 +1,4 @@
-"""A computer with a GPU and TensorRT, made of this CPU: it computes with ONNX Runtime and holds callers to TensorRT's rules.
+"""A computer with a GPU and TensorRT, made of this CPU: it computes with ONNX Runtime in float32 and holds callers to TensorRT's rules.
 
 What breaks a rule that TensorRT itself would not notice (memory that was freed, a graph whose context has changed) fails an
 assertion here; what TensorRT refuses is refused in its way: False or None, with the reason in the log.
@@ -20,6 +20,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from engines.backends.cast import widened
 from engines.backends.trt_engine import Gpu
 from engines.errors import EngineError
 
@@ -323,7 +324,7 @@ class ICudaEngine:
         self._machine, self._logger = machine, logger
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(widened(model), options, providers=["CPUExecutionProvider"])
         graph = onnx.load_model_from_string(model).graph
         self.profile = {name: [tuple(shape) for shape in shapes] for name, shapes in facts["profile"].items()}
         self.tf32 = facts["tf32"]

@@ -6,9 +6,12 @@ here.
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from engines.data import archives, folders, lists, tables
 from engines.data.images import ArrayReader
@@ -56,9 +59,21 @@ def _at(data: DataSection, path: Path) -> Splits:
 
 def _digits(data: DataSection) -> Splits:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 px with values 0..16; the test split is held out."""
-    from sklearn.datasets import load_digits  # a second, and only this source needs it
-
-    values, labels = load_digits(return_X_y=True)
+    values, labels = _digits_table()
     pixels = np.rint(values.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     images = image_set(data, labels.astype(np.int64), DIGITS, ArrayReader(pixels, "the digits"))
     return hold_out(images, data.test_per_class, "the digits have 174 to 183 images a class")
+
+
+def _digits_table() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Values (1797, 64) and labels (1797,). The package's own loader brings SciPy along, which takes as long to import as torch."""
+    package = importlib.util.find_spec("sklearn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else None
+    if file is None or not file.is_file():  # a version that keeps it elsewhere
+        from sklearn.datasets import load_digits
+
+        table = load_digits()
+        return table.data, table.target
+    with gzip.open(file, "rt", encoding="ascii") as lines:
+        rows = np.loadtxt(lines, delimiter=",")
+    return rows[:, :-1], rows[:, -1]

@@ -1,5 +1,7 @@
 """The embedded digits, and the way to every other source."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -11,7 +13,10 @@ from engines.recipe import DataSection
 DIGITS = DataSection(image_size_px=8, image_channels=1)
 
 
-def test_the_digits_are_all_there_once() -> None:
+@pytest.mark.parametrize("by", ["the file", "the loader"])
+def test_the_digits_are_all_there_once_by_their_file_and_by_scikit_learns_loader(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "the loader":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     train, test = load(DIGITS, None)
     pixels = np.concatenate([s.pixels(np.arange(len(s))) for s in (train, test)]).reshape(1797, -1)
     original = np.rint(load_digits().data * 255 / 16).astype(np.uint8)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from diffrc_cli import __version__, bench, console, data, evaluate, export, import_, recipe, report, run, synth, train
+from diffrc_cli import __version__, bench, console, data, engine, evaluate, export, import_, recipe, report, run, synth, train
 from engines.errors import DiffRCError, Interrupted, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ for command in (run.run, train.train, export.export, synth.synth, evaluate.evalu
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(engine.app, name="engine")
 app.add_typer(import_.app, name="import")
 
 

@@ -38,7 +38,7 @@ class Difference(NamedTuple):
     wanted: str
 
     def __str__(self) -> str:
-        return f"{WORDS.get(self.field, self.field.replace('_', ' '))} {self.found} then, {self.wanted} now"
+        return f"{WORDS.get(self.field, self.field)} {self.found} then, {self.wanted} now"
 
 
 def differences(card: BaseModel, wanted: Mapping[str, Any]) -> tuple[Difference, ...]:
@@ -72,9 +72,13 @@ def wanted(recipe: Recipe, card: BaseModel, kind: str, **weights: str) -> dict[s
         kind: of its runtime, a key of RUNTIMES.
         weights: sha256 by the card's field: `weights_sha256`, and `guide_sha256` where it has one.
     """
+    shape = {"image_size_px": recipe.data.image_size_px, "image_channels": recipe.data.image_channels}
+    if isinstance(card, EngineCard):
+        shape["out_channels"] = recipe.data.image_channels * (2 if recipe.unet.learn_sigma else 1)
     return {
         **weights,
         "recipe_sha256": _digest_with(recipe, card),
+        **shape,
         "timesteps": recipe.diffusion.steps,
         "max_batch": AtLeast(recipe.synth.batch_size),
         "versions": versions_now((*EXPORTERS, *RUNTIMES[kind])),

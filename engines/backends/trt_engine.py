@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from engines import store
+from engines.backends import keys
 from engines.backends.base import EngineCard, EngineFile, card_path, check_input, package_versions, self_test, self_test_batch
 from engines.backends.ort_engine import OUTPUT, check_model, input_names
 from engines.errors import EngineError, StorageError
@@ -312,9 +313,8 @@ def wanted(onnx: EngineCard, batches: Batches, device: Device) -> Build:
 
 
 def differences(found: Build, expected: Build) -> list[str]:
-    """`field: found, not expected` for every field that differs."""
-    ours = expected.model_dump(mode="json")
-    return [f"{name}: {value}, not {ours[name]}" for name, value in found.model_dump(mode="json").items() if value != ours[name]]
+    """A sentence for every field that differs."""
+    return [str(difference) for difference in keys.differences(found, expected.model_dump())]
 
 
 def batches_of(onnx: EngineCard) -> Batches:

@@ -186,6 +186,7 @@ def export_onnx(
         update={
             "kind": build.kind,
             "precision": build.precision,
+            "device": device_name(device),
             "opset": opset,
             "tolerance": limits.one_step_tolerance,
             "recipe_sha256": recipe_sha256,

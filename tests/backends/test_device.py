@@ -1,16 +1,55 @@
-"""The device asked for, or an error; TF32 off while it matters, and as it was afterwards."""
+"""The device asked for, or an error; TF32 off while it matters, and as it was afterwards; engines on a GPU, which is simulated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from engines.backends import choice, export
+from engines.backends.base import EngineFile, card_path, example_input
+from engines.backends.choice import Build, choose, device_of, load, read
 from engines.backends.device import CPU, CudaStream, choose_device, device_name, exact_float32
+from engines.backends.export import export_onnx
 from engines.errors import EngineError, UsageError
 
 GPU = torch.device("cuda")
+H200 = "NVIDIA H200"
+ONNX, OPENVINO, TENSORRT = Build("onnx", "fp32"), Build("openvino", "fp32"), Build("tensorrt", "fp32")
+
+
+def _load_fake() -> Any:
+    """The file beside this one; test folders are no packages."""
+    spec = importlib.util.spec_from_file_location("fake_onnxruntime", Path(__file__).with_name("fake_onnxruntime.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """on(starts=...) -> the GPU of a computer whose torch sees one, and whose ONNX Runtime may."""
+    fake = _load_fake()
+
+    def make(**how: Any) -> Any:
+        gpu = fake.Gpu(**how)
+        monkeypatch.setitem(sys.modules, "onnxruntime", fake.module(gpu))
+        monkeypatch.setattr(choice, "choose_device", lambda name: CPU if name == "cpu" else GPU)
+        monkeypatch.setattr(choice, "CudaStream", lambda _: gpu)
+        monkeypatch.setattr(choice, "require", lambda *_: None)
+        for module in (choice, export):
+            monkeypatch.setattr(module, "device_name", lambda device: H200 if device == GPU else "cpu")
+        monkeypatch.setattr(export, "_moved", lambda unet, _: unet)
+        return gpu
+
+    return make
 
 
 @pytest.fixture
@@ -61,3 +100,70 @@ def test_on_a_cpu_the_switches_are_left_alone() -> None:
 
 def _tf32() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+# ------------------------------------------------------------------------------------------------------ engines on a GPU
+
+
+def test_auto_is_the_gpu_where_the_runtime_can_use_it_and_what_is_named_is_there_or_an_error(on: Callable[..., Any]) -> None:
+    on()
+    assert [device_of(build, "auto") for build in (ONNX, OPENVINO, TENSORRT)] == [GPU, CPU, GPU]
+    assert device_of(ONNX, "cpu") == CPU
+    for build, name in ((OPENVINO, "cuda"), (TENSORRT, "cpu")):
+        with pytest.raises(EngineError, match="runs on") as failure:
+            device_of(build, name)
+        assert failure.value.exit_code == 4
+
+
+def test_a_runtime_whose_gpu_does_not_start_stays_on_the_cpu_unless_the_gpu_was_named(on: Callable[..., Any]) -> None:
+    on(starts=())
+    assert device_of(ONNX, "auto") == CPU
+    with pytest.raises(EngineError, match="runs on CPUExecutionProvider, not on CUDAExecutionProvider"):
+        device_of(ONNX, "cuda")
+
+
+@pytest.fixture
+def publish(exported: Any, tmp_path: Path) -> Callable[..., Path]:
+    """publish({build: (device, ms)}) -> the ONNX file with a card for each."""
+
+    def write(measured: dict[Build, tuple[str, float]]) -> Path:
+        path = tmp_path / "target.onnx"
+        shutil.copy(exported.path, path)
+        for build, (device, ms) in measured.items():
+            card = exported.card.model_copy(update={"kind": build.kind, "device": device, "ms_per_image": ms})
+            card_path(path, *build).write_text(card.model_dump_json(), encoding="utf-8")
+        return path
+
+    return write
+
+
+def anything(_: EngineFile) -> None:
+    pass
+
+
+def test_what_was_measured_on_another_device_is_taken_last_and_told(on: Callable[..., Any], publish: Callable[..., Path]) -> None:
+    on()
+    both = (ONNX, OPENVINO)
+    here = choose(publish({ONNX: (H200, 0.1), OPENVINO: ("cpu", 2.0)}), both, anything)
+    assert (here.build, here.device) == (ONNX, GPU)
+    assert here.why == "the fastest when it was exported: 0.1 ms an image and evaluation; openvino fp32 2 ms"
+    elsewhere = choose(publish({ONNX: ("cpu", 1.0), OPENVINO: ("cpu", 2.0)}), both, anything)
+    assert (elsewhere.build, elsewhere.device) == (OPENVINO, CPU)
+    assert "onnx fp32 1 ms on cpu" in elsewhere.why
+    alone = choose(publish({ONNX: ("cpu", 1.0)}), (ONNX,), anything)
+    assert alone.device == GPU
+    assert alone.why == "it runs on cuda and was held to torch on cpu: diffrc export does it here"
+    assert choose(publish({ONNX: ("cpu", 1.0)}), (ONNX,), anything, device="cpu").why == ""
+
+
+def test_an_engine_is_gated_and_loaded_on_the_gpu_and_its_card_says_which(exported: Any, on: Callable[..., Any], tmp_path: Path) -> None:
+    gpu = on()
+    card = export_onnx(
+        exported.unet, exported.schedule, tmp_path / "target.onnx", exported.settings, data=exported.path.read_bytes(), device=GPU
+    )
+    assert (card.device, card.tolerance) == (H200, exported.settings.gpu_one_step_tolerance)
+    assert {1, 2, 8} <= set(gpu.runs)
+    engine = load(read(tmp_path / "target.onnx", ONNX), "target.onnx", device=GPU)
+    before = len(gpu.runs)
+    engine(*example_input(card, 3, 0))
+    assert gpu.runs[before:] == [3]

@@ -217,14 +217,21 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def check_input(card: EngineCard, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-    """Hold callers to the contract of `Engine`; also keeps a runtime from reading outside its tables."""
+    """Hold callers to the contract of `Engine`; also keeps a runtime from reading outside its tables.
+
+    Values are looked at on the CPU alone: a GPU would have to be waited for at each step, and with it all that is queued.
+    """
     batch = len(x)
     assert x.shape[1:] == card.shape and x.dtype == torch.float32, f"{tuple(x.shape)} {x.dtype} for {card.shape}"
     assert 1 <= batch <= card.max_batch, f"batch {batch}, at most {card.max_batch}"
-    assert t.shape == (batch,) and t.dtype == torch.int64 and int(t.min()) >= 0 and int(t.max()) < card.timesteps
+    assert t.shape == (batch,) and t.dtype == torch.int64 and _within(t, card.timesteps)
     assert (y is not None) == bool(card.classes), "labels go with a conditional network, and only with one"
     if y is not None:
-        assert y.shape == (batch,) and y.dtype == torch.int64 and int(y.min()) >= 0 and int(y.max()) < card.classes
+        assert y.shape == (batch,) and y.dtype == torch.int64 and _within(y, card.classes)
+
+
+def _within(index: Tensor, rows: int) -> bool:
+    return index.device.type != "cpu" or (int(index.min()) >= 0 and int(index.max()) < rows)
 
 
 def unreadable(path: Path | str, reason: str) -> DataError:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engines.backends.base import SELF_TEST_VALUES, relative_error, thinned, weights_sha256
+from engines.backends.base import SELF_TEST_VALUES, check_input, example_input, relative_error, thinned, weights_sha256
 from engines.backends.torch_engine import TorchEngine
 
 
@@ -54,3 +54,14 @@ def test_the_torch_engine_is_the_network_itself(make_unet: Any) -> None:
 def test_a_network_in_training_mode_is_no_engine(make_unet: Any) -> None:
     with pytest.raises(AssertionError, match="dropout"):
         TorchEngine(make_unet().train(), 50, 8)
+
+
+def test_no_value_is_read_from_a_device_that_would_have_to_be_waited_for(make_unet: Any) -> None:
+    card = TorchEngine(make_unet(), 50, 8).card
+    x, t, y = example_input(card, 2, 3)
+    assert y is not None
+    check_input(card, x.to("meta"), t.to("meta"), y.to("meta"))  # a tensor without values: reading one raises
+    with pytest.raises(AssertionError):
+        check_input(card, x.to("meta"), t[:1].to("meta"), y.to("meta"))
+    with pytest.raises(AssertionError):
+        check_input(card, x, t + 50, y)

@@ -14,6 +14,7 @@ from engines.errors import EngineError, ParityError, UsageError
 if TYPE_CHECKING:
     from engines.backends.base import EngineCard
     from engines.backends.choice import Build
+    from engines.backends.fused import FusedCard
     from engines.recipe import Recipe
     from engines.store import RunFolder
 
@@ -54,6 +55,8 @@ def export(
 ) -> None:
     """Export the trained U-Net to ONNX and hold each engine to torch's numbers; one that disagrees is not published (exit 6).
 
+    With a trained guide, a whole guided step is exported too, behind the same gate; --set synth.fused=false leaves it out.
+
     Engines share the ONNX file of their precision; each has a card of its own, and without it is not loaded. TensorRT builds a plan
     from it, of this machine alone. With --engine all, one that fails keeps no other from being tried.
 
@@ -61,6 +64,7 @@ def export(
 
     Example: diffrc export
     """
+    from engines.backends import guided
     from engines.backends.base import engine_path
     from engines.backends.export import export_run, onnx_path
     from engines.store import open_run
@@ -87,10 +91,14 @@ def export(
             failed.append(error)
             continue
         path = engine_path(onnx_path(folder, model), *build)
+        step = guided.published(onnx_path(folder, model), folder.recipe, build)
         if json:
-            console.emit_json({"model": model, "file": path, **card.model_dump(exclude={"self_test"})})
+            guided_step = step and step.model_dump(exclude={"self_test", "self_test_schedule"})
+            console.emit_json({"model": model, "file": path, **card.model_dump(exclude={"self_test"}), "guided_step": guided_step})
         else:
             _show(model, path, card)
+            if step:
+                _show_step(step)
     if failed:  # an engine whose numbers are wrong is worse news than one that cannot be made
         raise max(failed, key=lambda error: error.exit_code)
     if not json:
@@ -128,6 +136,13 @@ def _show(model: str, path: Path, card: EngineCard) -> None:
         f"50 steps within {card.trajectory_psnr_db:.0f} dB; "
         f"{card.ms_per_image:.3g} ms an image at batch {card.measured_batch}, torch {card.torch_ms_per_image:.3g}"
         + (f"; on {card.device}" if card.device != "cpu" else "")
+    )
+
+
+def _show_step(card: FusedCard) -> None:
+    console.say(
+        f"guided step in one graph ({card.rules.sampler}): within {card.step_error:.1e} of torch's, "
+        f"{card.ms_per_image:.3g} ms an image; the network and torch's guide take {card.apart_ms_per_image:.3g}"
     )
 
 

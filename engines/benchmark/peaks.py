@@ -48,7 +48,7 @@ def measure_peaks(device: torch.device, seconds: float = 1.0) -> list[Peak]:
     precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
     found = []
     for precision in precisions:
-        size = gemm_size(lambda n: _seconds_of(_product(n, precision, device), device, 0.0)[0])  # noqa: B023 (called at once)
+        size = gemm_size(lambda n: min(_seconds_of(_product(n, precision, device), device, 0.0)))  # noqa: B023 (called at once)
         times = _seconds_of(_product(size, precision, device), device, seconds)
         found.append(Peak("matrix product", precision, f"{size}^3", 2 * size**3 / min(times), len(times)))
         times = _seconds_of(_convolution(precision, device), device, seconds)

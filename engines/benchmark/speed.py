@@ -134,6 +134,11 @@ def measure(subject: Subject, settings: Settings, report: Report = silent, build
         for mode in settings.modes:
             rows += _play(folder, _arms(mode, settings, left_out, builds), settings, left_out, mode, report, rows)
         if settings.guided:
+            had = [build for build in builds if str(build) not in left_out]
+            report("prepare the guided steps", 0, 1, {})
+            for build, why in subjects.provide_steps(folder, subject, had, settings.batches[-1]).items():
+                left_out[f"{build}, fused"] = why
+            report("prepare the guided steps", 1, 1, {})
             rows += _play(folder, _guided_arms(settings, left_out, builds), settings, left_out, "guided", report, rows)
     if not any(row.arm.runtime == "torch" for row in rows):
         raise EngineError(f"torch could not be measured: {'; '.join(left_out.values())}", "--batch with smaller batches, say")
@@ -250,7 +255,8 @@ def _guided_arms(settings: Settings, left_out: dict[str, str], builds: Sequence[
     mode: Mode = "throughput" if "throughput" in settings.modes else "latency"
     arms = [Arm("torch", "fp32", guided="plain", **common), Arm("autocast", "bf16", guided="plain", **common)]
     arms += [Arm(build.kind, build.precision, mode, "loop", **common) for build in builds if str(build) not in left_out]
-    return [arm for arm in arms if arm.guided == "plain" or settings.wants(arm)]
+    arms += [Arm(build.kind, build.precision, mode, "fused", **common) for build in builds if str(build) not in left_out]
+    return [arm for arm in arms if arm.guided == "plain" or (settings.wants(arm) and arm.name not in left_out)]
 
 
 def _play(

@@ -39,7 +39,7 @@ from engines.networks.unet import UNet
 from engines.recipe import Recipe
 from engines.store import RunFolder
 
-TABLE, PLACES, NETWORK = "subject.json", "engines.json", "network.onnx"
+TABLE, PLACES, NETWORK, STEP = "subject.json", "engines.json", "network.onnx", "step.onnx"
 CLASSES = 10  # of a network that no data was seen for: labels and prototypes cost next to nothing
 GAIN = 0.5  # of the weights that a network starts with at zero: outputs of about 0.3 (root mean square)
 
@@ -197,6 +197,37 @@ def provide_engines(folder: Path, subject: Subject, builds: Sequence[Build], max
         except EngineError as error:
             refused[build] = error.problem
     store.write_json(folder / PLACES, places)
+    return refused
+
+
+def provide_steps(folder: Path, subject: Subject, builds: Sequence[Build], max_batch: int) -> dict[Build, str]:
+    """Whole guided steps in one graph of the engines that `provide_engines` found or made; as there, without a gate of their own.
+
+    Returns: the builds that cannot be had, and why.
+    """
+    from engines.backends import fused
+    from engines.backends.gradient import gradient_bytes
+    from engines.backends.graphs import write_graph
+
+    assert subject.guide is not None
+    settings = subject.recipe.export.model_copy(update={"max_batch": max_batch})
+    rules, steps = fused.rules_of(subject.recipe.synth), subject.recipe.diffusion.steps
+    reference = fused.Reference(subject.unet, subject.guide.log_probs, schedule_of(subject.recipe))
+    refused: dict[Build, str] = {}
+    gradient = data = b""
+    for build in builds:
+        try:
+            network = read_place(folder, build)
+            if rules is None:
+                raise EngineError("these steps are not of one evaluation and one gradient", "--set synth.classifier_free_scale=0")
+            if build.kind not in ("onnx", "openvino") or build.precision == "fp16":
+                raise EngineError("no guided step in one graph is made for it", "onnx and openvino have them")
+            gradient, card = gradient_bytes(subject.guide, steps, settings, build.kind, build.precision, data=gradient)
+            data, made = fused.fused_bytes(network, (gradient, card), rules, reference, settings, data)
+            unmeasured = {"step_error": 0.0, "figure_error": 0.0, "trajectory_psnr_db": 0.0}
+            write_graph(folder / STEP, data, made.model_copy(update=unmeasured))
+        except EngineError as error:
+            refused[build] = error.problem
     return refused
 
 

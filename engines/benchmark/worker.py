@@ -26,12 +26,13 @@ from engines.backends import choice, gate
 from engines.backends.base import Engine, EngineCard, Precision, example_input
 from engines.backends.choice import Build
 from engines.backends.device import exact_float32
+from engines.backends.fused import FusedEngine
 from engines.backends.torch_engine import TorchEngine, torch_card
 from engines.benchmark import subject
 from engines.benchmark.peaks import Peak, machine, measure_peaks, peak_memory_bytes, synchronize
 from engines.diffusion.guidance import prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
-from engines.diffusion.sampler import sample
+from engines.diffusion.sampler import Denoiser, Guidance, GuidedStep, sample, within
 from engines.diffusion.schedule import respace
 from engines.errors import DiffRCError, EngineError
 from engines.synthesis.maker import denoiser
@@ -194,6 +195,7 @@ class Worker:
         self._before_bytes = peak_memory_bytes()
         self._works: dict[int, list[Work]] = {}
         self._engine: Engine | None = None
+        self._step: FusedEngine | None = None
 
     def load(self, batch: int) -> float:
         """Seconds from the files to the first result: reading, compiling, the load-time self-test, one evaluation; torch is imported."""
@@ -263,27 +265,51 @@ class Worker:
 
     def _sampling(self, batch: int, steps: int) -> Work:
         """A guided trajectory of so few steps, spread over all t, so that each costs what a step of a long one does."""
-        recipe, engine, guide = subject.read_recipe(self.folder), self._engine_for(batch), self._guide
-        schedule = respace(subject.schedule_of(recipe), min(steps, recipe.diffusion.steps)).to(self.device)
-        y = torch.arange(batch, device=self.device) % len(guide.prototypes)
+        recipe, device = subject.read_recipe(self.folder), self.device
+        synth, shape = recipe.synth, (recipe.data.image_channels, recipe.data.image_size_px, recipe.data.image_size_px)
+        schedule = respace(subject.schedule_of(recipe), min(steps, recipe.diffusion.steps)).to(device)
+        y = torch.arange(batch, device=device) % subject.read_table(self.folder)["classes"]
         keys = [image_key(0, int(k), i) for i, k in enumerate(y)]
-        synth, shape = recipe.synth, engine.card.shape
-        guidance = prototype_guidance(
-            guide.log_probs, y, synth.guidance_scale, synth.guidance_scale_max, synth.scale_rule, synth.gradient_norm, synth.direction
-        )
-        plain = self.arm.guided == "plain"
+        guidance: Guidance | None = None
+        guided_step: GuidedStep | None = None
+        if self.arm.guided == "fused":
+            guided_step = self._step_for(batch).bind(schedule, y, synth.eta, synth.guidance_scale, synth.guidance_scale_max)
+        else:
+            rules = synth.scale_rule, synth.gradient_norm, synth.direction
+            guidance = prototype_guidance(self._guide.log_probs, y, synth.guidance_scale, synth.guidance_scale_max, *rules)
+        always = all(within(synth.guidance_interval, t) for t in schedule.timesteps.tolist())
+        denoise: Denoiser = _never
+        if not (guided_step and always):
+            denoise = denoiser(self._engine_for(batch), y)
+        plain, half = self.arm.guided == "plain", self.arm.runtime == "autocast"
 
         def noise(step: int) -> Tensor:
-            return torch.randn(batch, *shape, device=self.device) if plain else batch_noise(keys, step, shape).to(self.device)
+            return torch.randn(batch, *shape, device=device) if plain else batch_noise(keys, step, shape).to(device)
 
         def work() -> Tensor:
-            half = self.arm.runtime == "autocast"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.no_grad():
                 return sample(
-                    denoiser(engine, y), schedule, noise, guidance, synth.sampler, synth.eta, synth.step_unit, synth.clip_denoised
+                    denoise,
+                    schedule,
+                    noise,
+                    guidance,
+                    synth.sampler,
+                    synth.eta,
+                    synth.step_unit,
+                    synth.clip_denoised,
+                    guided_step=guided_step,
+                    interval=synth.guidance_interval,
                 )
 
         return work
+
+    def _step_for(self, batch: int) -> FusedEngine:
+        if self._step is None:
+            threads = 1 if self.arm.mode == "throughput" else 0
+            runtime, precision = self.arm.runtime, self.arm.precision
+            assert runtime in ("onnx", "openvino") and precision != "fp16", "steps are made for these alone"
+            self._step = FusedEngine.load(self.folder / subject.STEP, runtime, precision, threads, batch)  # type: ignore[arg-type]
+        return self._step
 
     @cached_property
     def _guide(self) -> Any:
@@ -321,6 +347,10 @@ def _diffusers_network(folder: Path, device: torch.device) -> Callable[[Tensor, 
     library.utils.logging.set_verbosity_error()
     network = library.UNet2DModel.from_pretrained(folder / "diffusers" / "unet", low_cpu_mem_usage=False).eval().to(device)
     return lambda x, t, y: network(x, t, class_labels=y, return_dict=False)[0]
+
+
+def _never(x: Tensor, t: Tensor) -> Tensor:
+    raise AssertionError("a step in one graph asks for no evaluation")
 
 
 def timed(works: Sequence[Work], seconds: float, pool: ThreadPoolExecutor | None = None, finish: Work = lambda: None) -> list[float]:

@@ -17,12 +17,13 @@ import torch
 
 from engines import recipe as recipes
 from engines import store
-from engines.backends.choice import Build
+from engines.backends import choice
+from engines.backends.choice import BUILDS, Build
 from engines.benchmark import report, speed, subject
 from engines.benchmark.chart import panels_of, speed_png
 from engines.benchmark.peaks import Peak
 from engines.benchmark.speed import QUICK, Row, Settings, Speed, expected_seconds, take_turns
-from engines.benchmark.worker import REFERENCE, Arm, Process, Worker, percentile, timed
+from engines.benchmark.worker import Arm, Process, Worker, percentile, timed
 from engines.errors import EngineError, UsageError
 
 TINY = """name = "tiny"
@@ -50,10 +51,16 @@ def tiny() -> subject.Subject:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny: subject.Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(exported_run: Path) -> subject.Subject:
+    """The tiny run's network, exported for ONNX Runtime."""
+    return subject.of_run(store.open_run(exported_run))
+
+
+@pytest.fixture(scope="module")
+def folder(trained: subject.Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What measuring processes read of it. To be read only."""
     path = tmp_path_factory.mktemp("bench")
-    left_out = speed._prepare(path, tiny, Settings(batches=(1, 3)), [ONNX])
+    left_out = speed._prepare(path, trained, Settings(batches=(1, 3)), [ONNX])
     assert set(left_out) <= {"diffusers fp32"}
     return path
 
@@ -136,9 +143,10 @@ def test_every_way_gives_torchs_numbers_to_its_precision(folder: Path, runtime: 
 
 
 @pytest.mark.usefixtures("_one_processor")
-def test_diffusers_class_with_the_same_weights_gives_the_same_numbers(folder: Path) -> None:
+def test_diffusers_class_with_the_same_weights_gives_the_same_numbers(tiny: subject.Subject, tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="diffusers, of the extra `test`, is not here")
-    assert Worker(Arm("diffusers", "fp32"), folder).one_step_error() < 1e-5
+    assert speed._prepare(tmp_path, tiny, Settings(batches=(1, 3)), []) == {}
+    assert Worker(Arm("diffusers", "fp32"), tmp_path).one_step_error() < 1e-5
 
 
 @pytest.mark.usefixtures("_one_processor")
@@ -152,7 +160,8 @@ def test_side_by_side_every_processor_has_a_batch_and_the_time_is_the_machines(f
 
 @pytest.mark.usefixtures("_one_processor")
 @pytest.mark.parametrize(
-    ("runtime", "precision", "guided"), [("torch", "fp32", "plain"), ("autocast", "bf16", "plain"), ("onnx", "fp32", "loop")]
+    ("runtime", "precision", "guided"),
+    [("torch", "fp32", "plain"), ("autocast", "bf16", "plain"), ("onnx", "fp32", "loop")],
 )
 def test_a_guided_arm_runs_the_whole_step(folder: Path, runtime: str, precision: Any, guided: Any) -> None:
     worker = Worker(Arm(runtime, precision, guided=guided, sampling_steps=2), folder)
@@ -169,19 +178,36 @@ def test_random_weights_are_always_the_same_and_none_is_zero(tiny: subject.Subje
     assert 0.05 < float(tiny.unet(x, t).square().mean().sqrt()) < 5
 
 
-def test_what_is_made_for_a_measurement_lies_in_its_folder_alone(folder: Path) -> None:
-    assert store.read_json(folder / "engines.json") == {"onnx fp32": str(folder / "network.onnx")}
-    assert (folder / "network.onnx").is_file() and (folder / REFERENCE).is_file()
+def test_what_a_run_published_is_measured_where_it_lies(folder: Path, exported_run: Path) -> None:
+    assert store.read_json(folder / "engines.json") == {"onnx fp32": str(exported_run / "engines" / "onnx" / "target.onnx")}
+    assert not (folder / "network.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_processor")
+@pytest.mark.parametrize("build", BUILDS, ids=str)
+def test_what_is_not_published_is_made_here_and_steps_in_one_graph_with_it(tiny: subject.Subject, tmp_path: Path, build: Build) -> None:
+    try:
+        choice.require(build)
+    except EngineError as error:
+        pytest.skip(error.problem)
+    assert speed._prepare(tmp_path, tiny, Settings(batches=(1, 3), runtimes=(build.kind,)), [build]) == {}
+    assert Worker(Arm(build.kind, build.precision), tmp_path).one_step_error() <= (1e-5 if build.precision == "fp32" else 0.05)
+    refused = subject.provide_steps(tmp_path, tiny, [build], 3)
+    if build.precision == "fp16":
+        assert "no guided step in one graph" in refused[build]
+        return
+    worker = Worker(Arm(build.kind, build.precision, guided="fused", sampling_steps=2), tmp_path)
+    assert refused == {} and worker.load(3) > 0 and worker.time(3, 0.0)[0] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
-def test_a_measurement_of_two_engines_is_one_document_and_what_a_run_published_is_measured(tiny: subject.Subject, folder: Path) -> None:
-    tiny = replace(tiny, published=folder / "network.onnx")
+def test_a_measurement_of_two_engines_is_one_document(trained: subject.Subject) -> None:
     settings = Settings(batches=(1, 2), modes=("latency",), turns=2, visit_seconds=0.01, peak_seconds=0.0, runtimes=("onnx",))
     jobs: list[str] = []
-    found = report.document(speed.measure(tiny, settings, lambda what, *_: jobs.append(what), [ONNX]))
+    found = report.document(speed.measure(trained, settings, lambda what, *_: jobs.append(what), [ONNX]))
     assert json.loads(json.dumps(found, allow_nan=False)) == json.loads(json.dumps(found))
     assert [(row["engine"], row["batch"]) for row in found["rows"]] == [(e, b) for b in (1, 2) for e in ("torch fp32", "onnx fp32")]
     assert dict.fromkeys(jobs) == dict.fromkeys(("prepare", "latency, batch 1", "latency, batch 2"))

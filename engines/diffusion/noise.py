@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+IMAGES_AT_ONCE = 32  # a thread's share of a batch, about a millisecond at 32 px
+
+Each = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 
 
 def image_key(seed: int, class_id: int, index: int) -> int:
@@ -25,11 +29,20 @@ def image_noise(key: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
     return _own.at(key, step).standard_normal(shape, dtype=np.float32)
 
 
-def batch_noise(keys: Sequence[int], step: int, shape: tuple[int, int, int]) -> Tensor:
-    """(B, C, H, W) float32 standard normal on the CPU: one image's noise per key."""
+def batch_noise(keys: Sequence[int], step: int, shape: tuple[int, int, int], each: Each = map) -> Tensor:
+    """(B, C, H, W) float32 standard normal on the CPU: one image's noise per key.
+
+    Args:
+        each: `map`, or that of a pool of threads: a GPU may want a step's noise sooner than one of them has drawn it.
+    """
     out = np.empty((len(keys), *shape), dtype=np.float32)
-    for row, key in enumerate(keys):
-        _own.at(key, step).standard_normal(dtype=np.float32, out=out[row])
+
+    def draw(first: int) -> None:
+        for row, key in enumerate(keys[first : first + IMAGES_AT_ONCE], start=first):
+            _own.at(key, step).standard_normal(dtype=np.float32, out=out[row])
+
+    for _ in each(draw, range(0, len(keys), IMAGES_AT_ONCE)):
+        pass
     return torch.from_numpy(out)
 
 

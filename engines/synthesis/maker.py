@@ -10,6 +10,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from engines.synthesis.stopwatch import Stopwatch
 from engines.training import reuse
 
 NOTHING_YET = MadeWith()
+MOST_NOISE_THREADS = 8  # one draws a batch of 256 at 32 px in 9 ms
 
 
 class Drawn(NamedTuple):
@@ -114,7 +116,7 @@ class Maker:
 
         with torch.no_grad(), exact_float32(self.device):
             x = _tried_again(drawn)
-        finite = torch.isfinite(x).flatten(1).all(1).tolist()
+        finite = timed(lambda: torch.isfinite(x).flatten(1).all(1).tolist())()  # on a GPU this waits for all steps
         pixels = to_pixels(torch.where(torch.isfinite(x), x, 0.0))
         seen = None
         if select.is_on(self.recipe.select):
@@ -133,8 +135,15 @@ class Maker:
 
     def _noise(self, keys: Sequence[int], step: int) -> Tensor:
         """Drawn on the CPU whatever the device: a seed means the same image everywhere."""
-        noise = batch_noise(keys, step, self.engine.card.shape)
-        return noise if self.device == CPU else noise.pin_memory().to(self.device, non_blocking=True)  # no wait for the steps before
+        shape = self.engine.card.shape
+        if self.device == CPU:
+            return batch_noise(keys, step, shape)
+        # Drawn by several threads, while the GPU is at the steps before: one would take longer than they do.
+        return batch_noise(keys, step, shape, self._noise_threads.map).pin_memory().to(self.device, non_blocking=True)
+
+    @cached_property
+    def _noise_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(min(MOST_NOISE_THREADS, len(os.sched_getaffinity(0))), "noise")
 
     def _guidance(self, y: Tensor, timed: Callable[[ClassGradient], ClassGradient]) -> Any:
         synth, guide = self.recipe.synth, self.guide
@@ -263,7 +272,8 @@ def _torch_engine(recipe: Recipe, unet: UNet, tell: Callable[[str], None]) -> To
     name = f"torch {precision}" + (", compiled" if synth.compile else "")
     if synth.compile:
         tell(f"engine: {name}: compiling it takes minutes")
-    engine = held_engine(unet, steps, synth.batch_size, recipe.export, precision, synth.compile)
+    with gpu_failures():
+        engine = held_engine(unet, steps, synth.batch_size, recipe.export, precision, synth.compile)
     card = engine.card
     tell(f"engine: {name}: one evaluation within {card.one_step_error:.1e} of eager float32 (allowed {card.tolerance:.0e})")
     return engine

@@ -16,6 +16,7 @@ SHAPE = (3, 8, 8)
 def test_an_images_noise_does_not_depend_on_its_batch_or_its_place_in_it() -> None:
     keys = [image_key(0, 3, i) for i in range(7)]
     together = batch_noise(keys, 5, SHAPE)
+    assert torch.equal(together, torch.stack([torch.from_numpy(image_noise(key, 5, SHAPE)) for key in keys]))
     for size in (1, 2, 3):
         parts = torch.cat([batch_noise(keys[i : i + size], 5, SHAPE) for i in range(0, 7, size)])
         assert torch.equal(parts, together)
@@ -54,9 +55,11 @@ def test_a_key_is_128_bits_of_blake2b_and_its_noise_is_numpys_philox() -> None:
 
 
 def test_threads_draw_side_by_side_what_each_would_alone_and_nothing_is_left_of_an_earlier_draw() -> None:
-    keys = [image_key(0, 0, i) for i in range(64)]
+    keys = [image_key(0, 0, i) for i in range(70)]
     image_noise(keys[0], 3, (5,))  # an odd number of values: half a buffer is left over
     expected = [np.random.Generator(np.random.Philox(key=key, counter=2 << 64)).standard_normal((257,), dtype=np.float32) for key in keys]
     with ThreadPoolExecutor(4) as pool:
         drawn = list(pool.map(lambda key: image_noise(key, 2, (257,)), keys * 8))
-    assert all(np.array_equal(found, expected[i % 64]) for i, found in enumerate(drawn))
+        together = batch_noise(keys, 2, (1, 1, 257), pool.map)
+    assert all(np.array_equal(found, expected[i % 70]) for i, found in enumerate(drawn))
+    assert np.array_equal(together[:, 0, 0], np.stack(expected))

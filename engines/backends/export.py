@@ -32,7 +32,7 @@ from engines.backends.base import (
 )
 from engines.backends.cast import BF16_OPSET, cast_unet, rounded_unet, widened
 from engines.backends.choice import BUILDS, Build
-from engines.backends.device import CPU, device_name
+from engines.backends.device import CPU, device_name, gpu_failures
 from engines.backends.gate import Labeler
 from engines.backends.keys import EXPORTERS, RUNTIMES, differences, export_digest, versions_now, wanted
 from engines.backends.onnx_file import serialized, to_onnx, to_opset
@@ -84,7 +84,8 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
                 card = _current(path, unet, recipe, needed, device)
                 if card is None:
                     started = time.perf_counter()
-                    card = _exported(run, unet, path, needed, labeler(), device)
+                    with gpu_failures():
+                        card = _exported(run, unet, path, needed, labeler(), device)
                     run.add_cost(f"export.{model}", time.perf_counter() - started)
             assert card
             cards.append(card)

@@ -26,7 +26,7 @@ CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"
 LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
-CHECKED_OPTIONS = ("use_tf32", "cudnn_conv_algo_search")  # they change the numbers: a session must have taken them
+CHECKED_OPTIONS = ("use_tf32", "cudnn_conv_algo_search")  # they change the numbers: a session that tells others is refused
 OUTPUT = "out"
 
 
@@ -237,7 +237,7 @@ def _start(onnxruntime: Any, data: bytes, origin: str, provider: Provider, optio
     asked = {name: settings for name, settings in providers if settings} if silent else {}
     for name, settings in asked.items():
         taken = made.get_provider_options().get(name, {})
-        if other := [key for key, value in settings.items() if key in CHECKED_OPTIONS and taken.get(key) != value]:
+        if other := [key for key, value in settings.items() if key in CHECKED_OPTIONS and taken.get(key, value) != value]:
             raise EngineError(f"{name} runs {origin} with another {other[0]} than it was asked for", "--engine torch runs without it")
     return made
 

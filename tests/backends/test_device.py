@@ -167,3 +167,29 @@ def test_an_engine_is_gated_and_loaded_on_the_gpu_and_its_card_says_which(export
     before = len(gpu.runs)
     engine(*example_input(card, 3, 0))
     assert gpu.runs[before:] == [3]
+
+
+# --------------------------------------------------------------------------------- on a real one: pytest tests/backends -k gpu
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_gpu_exports_pass_their_gate_where_they_will_run(exported: Any, tmp_path: Path) -> None:
+    try:
+        device = device_of(ONNX, "cuda")
+    except EngineError as error:
+        pytest.skip(error.problem)
+    path = tmp_path / "target.onnx"
+    card = export_onnx(exported.unet, exported.schedule, path, exported.settings, data=exported.path.read_bytes(), device=device)
+    assert card.device == torch.cuda.get_device_name()
+    assert card.one_step_error <= exported.settings.gpu_one_step_tolerance
+    assert choose(path, (ONNX,), anything).why == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_gpu_convolutions_and_products_are_float32s_within() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 64, 16, 16, device=GPU), torch.randn(64, 64, 3, 3, device=GPU)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double())
+    with exact_float32(GPU):
+        error = (torch.nn.functional.conv2d(x, weight) - exact).norm() / exact.norm()
+    assert float(error) < 1e-5

@@ -12,7 +12,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (  # the longest name that a module's own begins with decides
     ("engines.diffusion", "engines.recipe", "engines.errors", "engines.progress", "engines.interrupt"),
     ("engines.backends", "engines.networks", "engines.data", "engines.store"),
-    ("engines.synthesis", "engines.evaluation", "engines.training", "engines.backends.export", "engines.backends.inventory", "engines.benchmark"),
+    (
+        "engines.synthesis",
+        "engines.evaluation",
+        "engines.training",
+        "engines.backends.export",
+        "engines.backends.inventory",
+        "engines.benchmark",
+    ),
     ("diffrc_cli",),
 )
 LIGHT = {"diffrc_cli", "engines.errors", "engines.progress"}  # what the command line may import before it knows the command

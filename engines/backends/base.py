@@ -23,6 +23,7 @@ Kind = Literal["torch", "onnx", "openvino", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 SELF_TEST_MARGIN = 10.0  # other processors choose other kernels: load-time agreement may be this many times the export's tolerance
+HALF_MARGIN = 2.5  # in half precision, of the error of the export: operands round alike everywhere, and noise of 1e-2 is more than that
 SELF_TEST_VALUES = 64
 REMEDY = "diffrc export makes it anew"
 
@@ -203,11 +204,22 @@ def self_test(engine: Engine, origin: str, batch: int = 0) -> None:
     x, t, y = example_input(card, -(-images // batch) * batch, 0)  # begins with the same images whatever its length
     parts = [slice(start, start + batch) for start in range(0, len(x), batch)]
     expected = torch.tensor(card.self_test, dtype=torch.float32)
-    found = thinned(torch.cat([engine(x[part], t[part], None if y is None else y[part]) for part in parts])[:images])
-    error = relative_error(found, expected) if found.shape == expected.shape else float("inf")
-    limit = SELF_TEST_MARGIN * card.tolerance
+    out = torch.cat([engine(x[part], t[part], None if y is None else y[part]) for part in parts])
+    found = thinned(out[:images])
+    sound = found.shape == expected.shape and bool(out.isfinite().all())  # of every row, also of those that only fill the batch
+    error, limit = relative_error(found, expected) if sound else float("inf"), self_test_limit(card)
     if not error <= limit:  # also where it is not a number
         raise ParityError(f"{origin} disagrees with torch: relative error {error:.2g}, {limit:.2g} allowed", REMEDY)
+
+
+def self_test_limit(card: EngineCard) -> float:
+    """Relative error that is allowed at load time.
+
+    In half precision, whose tolerance is wide, it is held to what was measured at export, where that was on the same kind of device.
+    """
+    widest = SELF_TEST_MARGIN * card.tolerance
+    elsewhere = card.kind == "onnx"  # the one file runs on the CPU and on GPUs, which add up in other precisions
+    return widest if card.precision == "fp32" or elsewhere or not card.one_step_error else min(widest, HALF_MARGIN * card.one_step_error)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

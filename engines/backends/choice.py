@@ -130,8 +130,8 @@ def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0, device
     if file.card.kind == "openvino":
         return OpenVinoEngine(file, origin, threads, batch=batch)
     if device.type == "cuda":
-        return OrtEngine(file, origin, threads, ort_engine.CUDA, CudaStream(device))
-    return OrtEngine(file, origin, threads)
+        return OrtEngine(file, origin, threads, ort_engine.CUDA, CudaStream(device), batch)
+    return OrtEngine(file, origin, threads, batch=batch)
 
 
 class Choice(NamedTuple):

@@ -39,6 +39,7 @@ class OrtEngine:
         threads: of one evaluation on a CPU; 0 = all that this process may use.
         provider: where it runs; anything else is an error, never a fallback.
         stream: of the GPU that it runs on; default one of the current GPU. None on a CPU.
+        batch: the batch size that will be asked for, which is what the load-time test runs; 0 = that test's own.
 
     Raises:
         DataError: the file is not an ONNX model of the kind that `diffrc export` makes; no session is made then.
@@ -46,7 +47,9 @@ class OrtEngine:
         ParityError: its numbers are not those of the card.
     """
 
-    def __init__(self, file: EngineFile, origin: str, threads: int = 0, provider: Provider = CPU, stream: Stream | None = None) -> None:
+    def __init__(
+        self, file: EngineFile, origin: str, threads: int = 0, provider: Provider = CPU, stream: Stream | None = None, batch: int = 0
+    ) -> None:
         self._card = file.card
         check_model(file.data, file.card, origin)
         if provider != CPU:
@@ -54,7 +57,7 @@ class OrtEngine:
         self._stream = None if provider == CPU else stream or CudaStream()
         self._turn = threading.Lock()
         self._session = session(file.data, origin, threads, provider, self._stream)
-        self_test(self, origin)
+        self_test(self, origin, batch)
 
     @classmethod
     def load(cls, path: Path, threads: int = 0, provider: Provider = CPU, stream: Stream | None = None) -> OrtEngine:

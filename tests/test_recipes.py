@@ -10,7 +10,7 @@ import pytest
 
 from diffrc_cli.recipe import HEADER_KEYS, embedded, header_of
 from engines.networks.openai import CONFIGURATIONS
-from engines.recipe import Recipe, load
+from engines.recipe import Recipe, differences, load
 from engines.training.diffusion import architecture
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -22,6 +22,7 @@ CIFAR_LT = {  # data set, imbalance -> images, as published with the data sets
     ("cifar100", 50): 12_608,
     ("cifar100", 10): 19_573,
 }
+FAST = ("digits-lt", "cifar10-lt-100")  # recipes with a neighbor of few steps
 
 
 def recipe_of(name: str) -> Recipe:
@@ -30,7 +31,7 @@ def recipe_of(name: str) -> Recipe:
 
 def test_the_recipes_of_the_project_are_all_there() -> None:
     cifar = {f"{data}-lt-{imbalance}" for data, imbalance in CIFAR_LT}
-    assert set(embedded()) == {"digits-lt", "imagenet-lt-64", "imagenet-lt-256", "folder"} | cifar
+    assert set(embedded()) == {"digits-lt", "imagenet-lt-64", "imagenet-lt-256", "folder"} | cifar | {f"{name}-fast" for name in FAST}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -105,7 +106,16 @@ def test_a_cifar_recipe_trains_its_source_as_the_long_tail_literature_does(data:
         assert {key: getattr(getattr(recipe, section), key) for key in values} == values
 
 
-@pytest.mark.parametrize("name", [path.stem for path in FILES if path.stem != "digits-lt"])
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_recipe_is_its_neighbor_with_another_sampler_steps_and_scale(name: str) -> None:
+    usual, fast = recipe_of(name), recipe_of(f"{name}-fast")
+    differing = {key for key, _, _ in differences(usual, fast)}
+    assert {"name", "synth.sampler", "synth.steps"} <= differing <= {"name", "synth.sampler", "synth.steps", "synth.guidance_scale"}
+    assert fast.synth.steps in range(10, 51)
+    assert fast.synth.sampler == "dpmpp_2m"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES if not path.stem.startswith("digits-lt")])
 def test_adaptation_stops_on_held_out_images_and_what_is_out_of_distribution_is_not_kept(name: str) -> None:
     recipe = recipe_of(name)
     assert recipe.target.holdout_fraction == 0.1
@@ -146,5 +156,5 @@ def test_the_settings_that_a_comment_names_take_the_published_weights(name: str,
 
 
 def test_a_mirrored_digit_is_never_trained_on() -> None:
-    recipe = recipe_of("digits-lt")
+    recipe = recipe_of("digits-lt")  # nor is it in digits-lt-fast, which differs in [synth] alone
     assert not any(stage.horizontal_flip for stage in (recipe.source, recipe.target, recipe.guide, recipe.recognizer))

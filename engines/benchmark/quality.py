@@ -146,7 +146,7 @@ def advice(quality: Quality) -> str:
         return f"Best is {_figures(best, quality)}. None that is cheaper comes as near as {quality.images:,} images a cell can tell."
     return (
         f"Take {_figures(choice, quality)}. The best, {_figures(best, quality)}, takes {_times(best, choice)}; "
-        f"{quality.images:,} images a cell do not tell the two apart."
+        f"{quality.images:,} images a cell do not tell the two apart; more of them may."
     )
 
 

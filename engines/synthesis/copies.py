@@ -212,27 +212,29 @@ def find_copies(
 
     Returns: None where `select.copy_ratio` is 0 or nothing is there to compare. Raises Interrupted when asked to stop.
     """
-    records = {k: kept for k in sorted(shelf.images) if (kept := shelf.kept_records(k))}
-    if not recipe.select.copy_ratio or not records or not len(train):
+    images = {k: kept for k in sorted(shelf.images) if (kept := shelf.kept_indices(k))}
+    if not recipe.select.copy_ratio or not images or not len(train):
         return None
     mirrored = recipe.source.horizontal_flip or recipe.target.horizontal_flip
-    count = sum(map(len, records.values()))
-    chosen = _compared_with(train.labels, list(records), min(max(OTHERS_PER_IMAGE * count, OTHERS_LEAST), OTHERS_MOST))
+    count = sum(map(len, images.values()))
+    chosen = _compared_with(train.labels, list(images), min(max(OTHERS_PER_IMAGE * count, OTHERS_LEAST), OTHERS_MOST))
     steps = _Steps(len(chosen) + count, shelf.folder, report, stop or StopRequest())
     with _pool(workers) as each:
         real = _RealImages.read(train, chosen, guide, mirrored, each, steps)
         usual = real.left_out_one_by_one(recipe.select.copy_ratio, each)
         classes = []
-        for k, kept in records.items():
+        for k, kept in images.items():
             told: list[SpaceName] = [space for space in usual if k in usual[space] or space == "pixel"]
             compared: dict[SpaceName, list[tuple[Neighbors, Tensor]]] = {space: [] for space in told}
             for start in range(0, len(kept), COMPARED_ROWS):
-                block = kept[start : start + COMPARED_ROWS]
+                block = shelf.records(k, kept[start : start + COMPARED_ROWS])
                 views = _views(shelf.read(block), guide, mirrored, each)
                 for space in told:
                     compared[space].append(real.compare(space, views[space], None, each))
                 steps.add(len(block))
-            findings = {space: _finding(kept, real, space, compared[space], usual[space], k, recipe.select) for space in told}
+            findings = {
+                space: _finding(shelf.images[k], kept, real, space, compared[space], usual[space], k, recipe.select) for space in told
+            }
             classes.append(ClassCopies(k, shelf.plan.names[k], findings))
     totals = {space: own[ALL] for space, own in usual.items()}
     copies = Copies(tuple(classes), totals, len(real.indices), len(chosen) - len(real.indices), mirrored)
@@ -242,7 +244,8 @@ def find_copies(
 
 
 def _finding(
-    kept: Sequence[Record],
+    records: Mapping[int, Record],
+    kept: Sequence[int],
     real: _RealImages,
     space: SpaceName,
     compared: Sequence[tuple[Neighbors, Tensor]],
@@ -253,7 +256,7 @@ def _finding(
     found = Neighbors(*map(torch.cat, zip(*(neighbors for neighbors, _ in compared), strict=True)))
     ratios = torch.cat([ratios for _, ratios in compared])
     pairs = tuple(
-        Pair(kept[i], int(real.indices[found.nearest[i]]), bool(found.mirrored[i]), float(found.first[i]), float(ratios[i]))
+        Pair(records[kept[i]], int(real.indices[found.nearest[i]]), bool(found.mirrored[i]), float(found.first[i]), float(ratios[i]))
         for i in ratios.argsort(stable=True)[:PAIRS_LISTED].tolist()
     )
     generated, own = Share(int((ratios <= select.copy_ratio).sum()), len(kept)), usual.get(class_id, Share(0, 0))

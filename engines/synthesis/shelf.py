@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from engines.errors import ConflictError
 from engines.recipe import Recipe
 from engines.synthesis import select
 from engines.synthesis.plan import ImageId, Plan
-from engines.synthesis.select import REASONS
+from engines.synthesis.select import REASONS, UNMEASURED, Figures, Reason
 from engines.synthesis.sheet import MAX_PNG_BYTES, REJECTED, Record, decode_png, scan_class
 
 YIELD_FILE = "yield.json"
@@ -58,13 +60,52 @@ class ClassYield:
         return {"class": self.name, "asked": self.asked, **figures, "short": self.short, "folder": str(self.folder)}
 
 
+class Records(MutableMapping[int, Record]):
+    """The records of a class's images by index, in a third of the memory: what many of them share is kept once."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, bytes] = {}
+        self._shared: list[Record] = []
+
+    def __getitem__(self, index: int) -> Record:
+        shared, dropped, sha256, *figures = _ROW.unpack(self._rows[index])
+        told = Figures(*(None if math.isnan(figure) else figure for figure in figures))
+        shared_record: Record = self._shared[shared]
+        return replace(shared_record, index=index, pixels_sha256=sha256.hex(), figures=told, dropped=_REASONS[dropped])
+
+    def __setitem__(self, index: int, record: Record) -> None:
+        assert record.index == index
+        shared = replace(record, index=0, pixels_sha256="", figures=UNMEASURED, dropped="")
+        if shared not in self._shared:  # another one where other versions made the images of before
+            self._shared.append(shared)
+        figures = (math.nan if figure is None else figure for figure in record.figures)
+        sha256, dropped = bytes.fromhex(record.pixels_sha256), _REASONS.index(record.dropped)
+        self._rows[index] = _ROW.pack(self._shared.index(shared), dropped, sha256, *figures)
+
+    def __delitem__(self, index: int) -> None:
+        del self._rows[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._rows
+
+
+_ROW = struct.Struct(f"<HB32s{len(Figures._fields)}d")
+_REASONS: tuple[Reason, ...] = ("", *REASONS)
+
+
 @dataclass
 class Shelf:
     """The images that lie in a folder."""
 
     folder: Path
     plan: Plan
-    images: dict[int, dict[int, Record]]  # class -> index; each asked class has an entry
+    images: dict[int, MutableMapping[int, Record]]  # class -> index; each asked class has an entry
     not_finite: int = 0
     made: dict[int, int] = field(default_factory=dict)
     unlisted: list[Record] = field(default_factory=list)  # committed, not yet in the manifest
@@ -82,7 +123,7 @@ class Shelf:
                 if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
                     raise ConflictError(f"{path} is a symbolic link", f"remove it; images are written inside {folder} only")
                 store.remove_temporaries(path)
-            found = shelf.images[k] = {}
+            found = shelf.images[k] = Records()
             for path, image in scan_class(folder, plan.names, k, plan.id):
                 if image:
                     found[image.record.index] = image.record
@@ -113,9 +154,13 @@ class Shelf:
         lines = (self.images[k][i].line() for k in sorted(self.images) for i in sorted(self.images[k]))
         store.write_json_lines(self.folder / "manifest.jsonl", lines)
 
-    def kept_records(self, class_id: int) -> list[Record]:
-        """The records of the images of a class that the selection kept, by index."""
-        return [record for _, record in sorted(self.images[class_id].items()) if record.kept]
+    def kept_indices(self, class_id: int) -> list[int]:
+        """The images of a class that the selection kept, in order."""
+        return sorted(index for index, record in self.images[class_id].items() if record.kept)
+
+    def records(self, class_id: int, indices: Iterable[int]) -> list[Record]:
+        """The records of images of a class."""
+        return [self.images[class_id][index] for index in indices]
 
     def read(self, records: Iterable[Record]) -> Pixels:
         """(n, H, W, C) uint8, read back. Raises DataError where a file was damaged meanwhile."""

@@ -423,7 +423,7 @@ def _sheet_rows(shelf: Shelf, wanted: Mapping[int, int], originals: LongTail | N
     shape = tuple(shelf.plan.identity["image"])
     empty = np.empty((0, shape[1], shape[2], shape[0]), dtype=np.uint8)
     for k in list(wanted)[:SHEET_CLASSES]:
-        generated = shelf.read(shelf.kept_records(k)[:SHEET_IMAGES])
+        generated = shelf.read(shelf.records(k, shelf.kept_indices(k)[:SHEET_IMAGES]))
         yield SheetRow(shelf.plan.names[k], _first_of(originals.train, k) if originals else empty, generated)
 
 

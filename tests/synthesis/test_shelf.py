@@ -1,7 +1,8 @@
-"""The queue of images to be made."""
+"""What a shelf remembers of its images, and the queue of those to be made."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,24 @@ from hypothesis import strategies as st
 
 from engines.recipe import load
 from engines.synthesis.plan import ImageId, Plan
-from engines.synthesis.shelf import Queue, Shelf
+from engines.synthesis.select import REASONS, Figures, Reason
+from engines.synthesis.sheet import Record
+from engines.synthesis.shelf import Queue, Records, Shelf
+
+FIGURES = st.builds(Figures, *(st.none() | st.floats(0, 1e9) for _ in Figures._fields))
+
+
+@given(figures=st.lists(FIGURES, min_size=1, max_size=6), reasons=st.lists(st.sampled_from(["", *REASONS]), min_size=6, max_size=6))
+def test_a_record_is_remembered_exactly_whatever_made_it(figures: list[Figures], reasons: list[Reason]) -> None:
+    records, expected = Records(), {}
+    for i, figure in enumerate(figures):
+        sha256 = hashlib.sha256(bytes([i])).hexdigest()
+        expected[10**8 + i] = Record("plan", 3, "swan", 10**8 + i, 7, sha256, f'{{"torch": "{i % 2}"}}', figure, reasons[i])
+    records.update(expected)
+    assert dict(records) == expected
+    assert (len(records), 10**8 in records, 5 in records) == (len(figures), True, False)
+    del records[10**8]
+    assert 10**8 not in records
 
 
 @given(batch_size=st.integers(1, 40), wanted=st.dictionaries(st.integers(0, 30), st.integers(0, 60), min_size=1, max_size=6))

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engines.backends.base import Precision
+from engines.backends.device import exact_float32
 
 GEMM_SIZES = (4096, 2048, 1024, 512)
 CONV_CHANNELS, CONV_SIZE_PX, CONV_BATCH = 128, 32, 32
+GPU_SIZES, GPU_CONV_BATCH = (8192, 4096), 512  # a GPU needs more at once to be busy
 MAX_PRODUCT_SECONDS = 1.0  # of one product: a slower machine gets smaller ones
 MIN_PRODUCTS = 3
 CPUINFO, STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
@@ -45,24 +47,27 @@ def measure_peaks(device: torch.device, seconds: float = 1.0) -> list[Peak]:
     Args:
         seconds: of measuring each; the best run counts, since a busy machine can only take away.
     """
-    precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
+    on_gpu = device.type == "cuda"
+    precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16") if on_gpu else ("fp32", "bf16")
+    sizes, images = (GPU_SIZES, GPU_CONV_BATCH) if on_gpu else (GEMM_SIZES, CONV_BATCH)
     found = []
-    for precision in precisions:
-        size = gemm_size(lambda n: min(_seconds_of(_product(n, precision, device), device, 0.0)))  # noqa: B023 (called at once)
-        times = _seconds_of(_product(size, precision, device), device, seconds)
-        found.append(Peak("matrix product", precision, f"{size}^3", 2 * size**3 / min(times), len(times)))
-        times = _seconds_of(_convolution(precision, device), device, seconds)
-        operations = 2 * 9 * CONV_CHANNELS**2 * CONV_SIZE_PX**2 * CONV_BATCH
-        shape = f"{CONV_BATCH} x {CONV_CHANNELS} x {CONV_SIZE_PX} x {CONV_SIZE_PX}, 3x3, channels last"
-        found.append(Peak("convolution", precision, shape, operations / min(times), len(times)))
+    with exact_float32(device):
+        for precision in precisions:
+            size = gemm_size(lambda n: min(_seconds_of(_product(n, precision, device), device, 0.0)), sizes)  # noqa: B023 (called at once)
+            times = _seconds_of(_product(size, precision, device), device, seconds)
+            found.append(Peak("matrix product", precision, f"{size}^3", 2 * size**3 / min(times), len(times)))
+            times = _seconds_of(_convolution(images, precision, device), device, seconds)
+            operations = 2 * 9 * CONV_CHANNELS**2 * CONV_SIZE_PX**2 * images
+            shape = f"{images} x {CONV_CHANNELS} x {CONV_SIZE_PX} x {CONV_SIZE_PX}, 3x3, channels last"
+            found.append(Peak("convolution", precision, shape, operations / min(times), len(times)))
     return found
 
 
-def gemm_size(seconds_of: Callable[[int], float]) -> int:
-    """The largest size whose product takes at most MAX_PRODUCT_SECONDS, going by the smallest, of which the time is asked for."""
-    smallest = GEMM_SIZES[-1]
+def gemm_size(seconds_of: Callable[[int], float], sizes: Sequence[int] = GEMM_SIZES) -> int:
+    """The largest of some falling sizes whose product takes at most MAX_PRODUCT_SECONDS, going by the time of the smallest."""
+    smallest = sizes[-1]
     taken = seconds_of(smallest)
-    return next((size for size in GEMM_SIZES if taken * (size / smallest) ** 3 <= MAX_PRODUCT_SECONDS), smallest)
+    return next((size for size in sizes if taken * (size / smallest) ** 3 <= MAX_PRODUCT_SECONDS), smallest)
 
 
 def operations_of(network: Callable[[], object]) -> int:
@@ -123,9 +128,9 @@ def _product(size: int, precision: Precision, device: torch.device) -> Callable[
     return lambda: a @ b
 
 
-def _convolution(precision: Precision, device: torch.device) -> Callable[[], Tensor]:
+def _convolution(images: int, precision: Precision, device: torch.device) -> Callable[[], Tensor]:
     form: dict[str, Any] = {"device": device, "dtype": DTYPES[precision]}
-    x = torch.randn(CONV_BATCH, CONV_CHANNELS, CONV_SIZE_PX, CONV_SIZE_PX, **form).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(images, CONV_CHANNELS, CONV_SIZE_PX, CONV_SIZE_PX, **form).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(CONV_CHANNELS, CONV_CHANNELS, 3, 3, **form).contiguous(memory_format=torch.channels_last)
     return lambda: F.conv2d(x, weight, padding=1)
 

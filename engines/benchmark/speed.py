@@ -32,6 +32,7 @@ PACKAGES = ("diffrc", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "on
 DIFFUSERS = "diffusers fp32"
 EXPORT_SECONDS, START_SECONDS, COMPILE_SECONDS = 20.0, 4.0, 90.0  # of an export, a process, a batch size; for the estimate alone
 GUIDED_SHARE = 1.5  # of a guided step beside an evaluation, likewise
+ESTIMATE_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def measure(subject: Subject, settings: Settings, report: Report = silent, build
         for mode in settings.modes:
             rows += _play(folder, _arms(mode, settings, left_out, builds), settings, left_out, mode, report, rows)
         if settings.guided:
-            had = [build for build in builds if str(build) not in left_out]
+            had = [build for build in builds if str(build) not in left_out and settings.device == "cpu"]
             report("prepare the guided steps", 0, 1, {})
             for build, why in subjects.provide_steps(folder, subject, had, settings.batches[-1]).items():
                 left_out[f"{build}, fused"] = why
@@ -177,33 +178,34 @@ def facts(subject: Subject) -> dict[str, Any]:
 
 def estimate_seconds(subject: Subject, settings: Settings, builds: Sequence[Build] = BUILDS) -> float:
     """About how long `measure` takes, going by a few evaluations made now and what is usual for the rest."""
-    engine = TorchEngine(subject.unet, subject.recipe.diffusion.steps, 1)
-    inputs = example_input(engine.card, 1, 0)
+    batch = min(ESTIMATE_BATCH, settings.batches[-1])
+    engine = TorchEngine(subject.unet, subject.recipe.diffusion.steps, batch)
+    inputs = example_input(engine.card, batch, 0)
     times = []
     for _ in range(3):
         started = time.perf_counter()
         engine(*inputs)
         times.append(time.perf_counter() - started)
-    return expected_seconds(min(times), len(builds), settings, subject.published is not None and subject.published.is_file())
+    exported = subject.published is not None and subject.published.is_file()
+    builds = [build for build in builds if build.kind != "tensorrt" or exported]  # nothing else can have it
+    return expected_seconds(min(times) / batch, builds, settings, exported)
 
 
-def expected_seconds(image_seconds: float, engines: int, settings: Settings, exported: bool) -> float:
-    """The estimate from the seconds of an image's evaluation in torch."""
-    arms = engines + 4  # torch twice, autocast, diffusers
+def expected_seconds(image_seconds: float, builds: Sequence[Build], settings: Settings, exported: bool) -> float:
+    """The estimate from the seconds of an image's evaluation in torch, as if no engine were faster."""
+    visits, abreast = settings.turns + 1, settings.processors if "throughput" in settings.modes else 1
     total = (0.0 if exported else EXPORT_SECONDS) + START_SECONDS + 6 * settings.peak_seconds
-    total += COMPILE_SECONDS * len(settings.batches) * len(settings.modes) if settings.compiled else 0.0
-    total += 3 * (3 + settings.batches[-1]) * image_seconds * (arms + 1)  # the reference, and each one's error
-    visits = settings.turns + 1
-    for mode in settings.modes:
-        abreast = settings.processors if mode == "throughput" else 1
-        total += arms * START_SECONDS
-        total += sum(arms * visits * max(settings.visit_seconds, batch * abreast * image_seconds) for batch in settings.batches)
+    for i, mode in enumerate(settings.modes):
+        arms = len(_arms(mode, settings, {}, builds))
+        side = settings.processors if mode == "throughput" else 1
+        compiled = settings.compiled and len(settings.batches)
+        total += arms * START_SECONDS + compiled * COMPILE_SECONDS
+        total += sum(arms * visits * max(settings.visit_seconds, batch * side * image_seconds) for batch in settings.batches)
+        total += 0.0 if i else 3 * (3 + settings.batches[-1]) * image_seconds * (arms + 1)  # the reference, and each one's error
     if settings.guided:
-        abreast = settings.processors if "throughput" in settings.modes else 1
-        piece = GUIDED_SHARE * image_seconds * settings.sampling_steps * abreast
-        total += (EXPORT_SECONDS + arms * START_SECONDS) + sum(
-            arms * visits * max(settings.visit_seconds, batch * piece) for batch in settings.batches
-        )
+        arms, step = len(_guided_arms(settings, {}, builds)), GUIDED_SHARE * image_seconds * settings.sampling_steps * abreast
+        total += EXPORT_SECONDS + arms * START_SECONDS
+        total += sum(arms * visits * max(settings.visit_seconds, batch * step) for batch in settings.batches)
     return total
 
 
@@ -255,7 +257,8 @@ def _guided_arms(settings: Settings, left_out: dict[str, str], builds: Sequence[
     mode: Mode = "throughput" if "throughput" in settings.modes else "latency"
     arms = [Arm("torch", "fp32", guided="plain", **common), Arm("autocast", "bf16", guided="plain", **common)]
     arms += [Arm(build.kind, build.precision, mode, "loop", **common) for build in builds if str(build) not in left_out]
-    arms += [Arm(build.kind, build.precision, mode, "fused", **common) for build in builds if str(build) not in left_out]
+    if settings.device == "cpu":  # steps in one graph are made for a CPU
+        arms += [Arm(build.kind, build.precision, mode, "fused", **common) for build in builds if str(build) not in left_out]
     return [arm for arm in arms if arm.guided == "plain" or (settings.wants(arm) and arm.name not in left_out)]
 
 

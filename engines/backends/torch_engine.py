@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -175,11 +177,16 @@ def _compiled(network: UNet, device: torch.device) -> Evaluate:
 
     # A GPU's kernels are not timed against each other: another start could choose others, and round images differently.
     options: dict[str, Any] | None = None if device.type == "cuda" else {"freezing": True}
-    compiled = torch.compile(network, dynamic=False, options=options)
+    with warnings.catch_warnings(action="ignore"):  # torch warns of its own deprecated parts
+        compiled = torch.compile(network, dynamic=False, options=options)
+    quiet = True  # at the first evaluation it compiles, and warns of TF32 that is off on purpose as well
 
     def evaluate(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        nonlocal quiet
         try:
-            out: Tensor = compiled(x, t, y)
+            with warnings.catch_warnings(action="ignore") if quiet else contextlib.nullcontext():
+                out: Tensor = compiled(x, t, y)
+            quiet = False
         except TorchDynamoException as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
             raise EngineError(f"torch.compile failed: {reason}", UNCOMPILED) from error

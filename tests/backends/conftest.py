@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -110,3 +114,24 @@ def exported_gradient(make_guide: MakeGuide) -> ExportedGradient:
     """The gradient of a guide of the network's three classes. To be read only."""
     guide = make_guide(channel_mult=(1,))  # one level: exporting a gradient takes ten seconds
     return ExportedGradient(guide, *gradient_bytes(guide, T, ExportSection(max_batch=8)))
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Any:
+    """TensorRT for RTX: another product with the same parser, builder and names, and one that builds without a GPU."""
+    libraries = importlib.util.find_spec("tensorrt_rtx_libs")
+    if libraries is None or libraries.submodule_search_locations is None or importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("no TensorRT for RTX here: pip install --no-deps tensorrt-rtx-cu12-libs tensorrt-rtx-cu12-bindings")
+    (folder,) = libraries.submodule_search_locations
+    for name in ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"):
+        ctypes.CDLL(str(Path(folder, name)), mode=ctypes.RTLD_GLOBAL)
+    module = importlib.import_module("tensorrt_rtx_bindings")
+
+    class Builder(module.Builder):  # type: ignore[misc, name-defined]
+        def create_builder_config(self) -> Any:
+            config = super().create_builder_config()
+            config.num_compute_capabilities = 1  # there is no GPU here to ask
+            assert config.set_compute_capability(module.ComputeCapability.SM89, 0)
+            return config
+
+    return SimpleNamespace(bindings=module, **{name: getattr(module, name) for name in dir(module) if name != "Builder"}, Builder=Builder)

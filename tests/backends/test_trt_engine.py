@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import ctypes
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -25,9 +24,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from engines.backends import trt_engine
-from engines.backends.base import EngineCard, EngineFile, card_path, example_input, read_engine, relative_error, thinned
-from engines.backends.export import onnx_bytes
+from engines.backends import choice, trt_engine
+from engines.backends.base import EngineCard, EngineFile, Precision, card_path, example_input, read_engine, relative_error, thinned
+from engines.backends.export import file_opset
 from engines.backends.gate import one_step_error, trajectory_psnr_db
 from engines.backends.torch_engine import TorchEngine
 from engines.backends.trt_engine import Batches, CudaDevice, Gpu, PlanCard, TrtEngine, build_plan, current, make_plan, read_plan, wanted
@@ -679,43 +678,22 @@ def _public(thing: Any) -> set[str]:
     return {name for name, value in vars(thing).items() if not name.startswith("_") and (callable(value) or isinstance(value, property))}
 
 
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    """TensorRT for RTX: another product with the same parser, builder and names, and one that builds without a GPU."""
-    libraries = importlib.util.find_spec("tensorrt_rtx_libs")
-    if libraries is None or libraries.submodule_search_locations is None or importlib.util.find_spec("tensorrt_rtx_bindings") is None:
-        pytest.skip("no TensorRT for RTX here: pip install --no-deps tensorrt-rtx-cu12-libs tensorrt-rtx-cu12-bindings")
-    (folder,) = libraries.submodule_search_locations
-    for name in ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"):
-        ctypes.CDLL(str(Path(folder, name)), mode=ctypes.RTLD_GLOBAL)
-    module = importlib.import_module("tensorrt_rtx_bindings")
-
-    class Builder(module.Builder):  # type: ignore[misc, name-defined]
-        def create_builder_config(self) -> Any:
-            config = super().create_builder_config()
-            config.num_compute_capabilities = 1  # there is no GPU here to ask
-            assert config.set_compute_capability(module.ComputeCapability.SM89, 0)
-            return config
-
-    return SimpleNamespace(bindings=module, **{name: getattr(module, name) for name in dir(module) if name != "Builder"}, Builder=Builder)
-
-
 rtx_says = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it keeps no timing cache, and says so; TensorRT has one
 
 
 @rtx_says
-@pytest.mark.parametrize(
-    "opset", [pytest.param(18, marks=pytest.mark.slow), 20, *(pytest.param(n, marks=pytest.mark.slow) for n in (21, 23))]
-)
-def test_a_real_parser_and_builder_take_our_networks(opset: int, rtx: Any, exported: Any) -> None:
-    card = exported.card.model_copy(update={"opset": opset})
-    file = read_engine(exported.path) if opset == exported.card.opset else EngineFile(onnx_bytes(exported.unet, card), card)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_real_parser_and_builder_take_our_networks(precision: Precision, rtx: Any, exported: Any, onnx_of: Any) -> None:
+    build = choice.Build("tensorrt", precision)
+    card = exported.card.model_copy(update={"precision": precision, "opset": file_opset(exported.settings, build)})
+    file = EngineFile(onnx_of(build), card)
     built = build_plan(rtx, file, "target.plan", BATCHES, 256 * MIB)
     assert len(built.plan) > 100_000
     assert built.workspace_bytes == 256 * MIB
-    again = build_plan(rtx, file, "target.plan", BATCHES, 256 * MIB, built.timing_cache)
-    assert len(again.plan) > 100_000
-    build_plan(rtx, file, "target.plan", BATCHES, 256 * MIB, b"no timing cache")
+    if precision == "fp32":
+        again = build_plan(rtx, file, "target.plan", BATCHES, 256 * MIB, built.timing_cache)
+        assert len(again.plan) > 100_000
+        build_plan(rtx, file, "target.plan", BATCHES, 256 * MIB, b"no timing cache")
 
 
 @rtx_says

@@ -90,8 +90,11 @@ def read(network: Path, build: Build) -> EngineFile:
     return read_engine(path, *build)
 
 
-def device_of(build: Build, name: str) -> torch.device:
+def device_of(build: Build, name: str, tell: Callable[[str], None] = lambda _: None) -> torch.device:
     """Where a build runs if "auto", "cpu" or "cuda" is asked for: "auto" is the GPU where torch sees one and the runtime can use it.
+
+    Args:
+        tell: hears why "auto" is not the GPU that torch sees.
 
     Raises EngineError where it cannot run there.
     """
@@ -107,9 +110,10 @@ def device_of(build: Build, name: str) -> torch.device:
     if build.kind == "onnx" and device.type == "cuda":
         try:
             ort_engine.require_runtime(ort_engine.CUDA)
-        except EngineError:
+        except EngineError as error:
             if name != "auto":
                 raise
+            tell(f"not on the GPU: {error.problem}")
             return CPU
     return device
 
@@ -178,12 +182,13 @@ def choose(
     usable: list[EngineFile] = []
     refused: list[tuple[Build, EngineError]] = []
     places: dict[Build, torch.device] = {}
+    notes: dict[Build, list[str]] = {build: [] for build in published}
     for build in published:
         try:
             file = read(path, build)
             check(file)
             require(build)
-            places[build] = device_of(build, device)
+            places[build] = device_of(build, device, notes[build].append)
             usable.append(file)
         except EngineError as error:
             refused.append((build, error))
@@ -202,6 +207,7 @@ def choose(
         why = f"no other is exported: {command} --engine all" if len(published) == 1 and len(builds) > 1 else ""
     why += "".join(f"; not {build}: {error.problem}" for build, error in refused)
     taken = _build(best)
+    why += "".join(f"; {note}" for note in notes[taken])
     if elsewhere[taken]:
         why += f"; it runs on {places[taken].type} and was held to torch{elsewhere[taken]}: {command} does it here"
     return Choice(best, why.removeprefix("; "), places[taken])

@@ -115,11 +115,16 @@ def test_auto_is_the_gpu_where_the_runtime_can_use_it_and_what_is_named_is_there
         assert failure.value.exit_code == 4
 
 
-def test_a_runtime_whose_gpu_does_not_start_stays_on_the_cpu_unless_the_gpu_was_named(on: Callable[..., Any]) -> None:
+def test_a_runtime_whose_gpu_does_not_start_stays_on_the_cpu_and_says_so_unless_the_gpu_was_named(
+    on: Callable[..., Any], publish: Callable[..., Path]
+) -> None:
     on(starts=())
     assert device_of(ONNX, "auto") == CPU
     with pytest.raises(EngineError, match="runs on CPUExecutionProvider, not on CUDAExecutionProvider"):
         device_of(ONNX, "cuda")
+    chosen = choose(publish({ONNX: ("cpu", 1.0)}), (ONNX,), anything)
+    assert chosen.device == CPU
+    assert chosen.why == "not on the GPU: a model of one addition runs on CPUExecutionProvider, not on CUDAExecutionProvider"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from engines import store
+from engines.backends.fused import FusedCard, FusedEngine, Reference, reference_step, rules_of
 from engines.data.batches import to_pixels
 from engines.diffusion.noise import batch_noise, image_key
+from engines.diffusion.sampler import Stepped
 from engines.diffusion.schedule import make_schedule, respace
-from engines.synthesis.maker import Maker, denoiser, open_maker
+from engines.synthesis.maker import Maker, _WhenAsked, denoiser, open_maker
 from engines.synthesis.plan import ImageId
 
 
@@ -74,6 +77,63 @@ def test_a_batch_is_always_full_and_holds_what_was_asked(torch_maker: Maker) -> 
 
     replace(torch_maker, engine=Spy()).draw([ImageId(0, 1)], silent_log)
     assert sizes == [5, 5, 5]
+
+
+class Whole:
+    """Guided steps as one graph would make them, by the sampler's own formulas, in the order of their timesteps."""
+
+    def __init__(self, maker: Maker) -> None:
+        assert maker.guide is not None
+        rules = rules_of(maker.recipe.synth)
+        self.card = FusedCard.model_construct(rules=rules, labeled=True, file_sha256="of the step")
+        self.reference = Reference(maker.engine, maker.guide.log_probs, maker.schedule)
+        self.asked: list[int] = []
+
+    def __call__(self, x: Tensor, t: Tensor, *others: Tensor) -> Stepped:
+        self.asked.append(int(t[0]))
+        return reference_step(self.reference, self.card, x, t, *others)
+
+    bind = FusedEngine.bind
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("synth.guidance_scale=0.5", "synth.guidance_scale_max=0.9"),
+        ("synth.sampler=ddim", "synth.eta=0.5", "synth.steps=5"),
+        ("synth.guidance_interval=[5, 12]", "synth.steps=6"),
+    ],
+)
+def test_whole_steps_are_asked_where_guidance_acts_with_the_recipes_scales_and_the_images_are_the_same(
+    overrides: tuple[str, ...], make_maker: Any
+) -> None:
+    maker: Maker = make_maker(*overrides)
+    step = Whole(maker)
+    images = [ImageId(2, 0), ImageId(2, 1)]
+    expected, found = maker.draw(images, silent_log), replace(maker, fused=step).draw(images, silent_log)  # type: ignore[arg-type]
+    first, last = maker.recipe.synth.guidance_interval
+    assert step.asked == [t for t in reversed(maker.schedule.timesteps.tolist()) if first <= t <= last]
+    for one, other in zip(expected, found, strict=True):
+        assert one.pixels is not None
+        assert other.pixels is not None
+        assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
+
+
+def test_an_engine_that_is_loaded_when_it_is_asked_is_loaded_once(torch_maker: Maker) -> None:
+    loads: list[int] = []
+
+    def load() -> Any:
+        loads.append(1)
+        return torch_maker.engine
+
+    engine = _WhenAsked(torch_maker.engine.card, load)
+    assert engine.card == torch_maker.engine.card
+    assert not loads
+    x, t, y = torch.zeros(5, 1, 8, 8), torch.full((5,), 3), torch.arange(5) % 3
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: engine(x, t, y), range(4)))
+    assert len(loads) == 1
+    assert all(torch.equal(out, torch_maker.engine(x, t, y)) for out in found)
 
 
 def test_the_last_step_of_one_is_the_engines_own_prediction(make_maker: Any) -> None:

@@ -75,6 +75,25 @@ def test_other_weights_another_guide_and_another_engine_are_another_plan(make_ma
     assert len(others) == 7
 
 
+def test_a_step_in_one_graph_is_another_plan_and_without_one_it_is_the_plan_of_before(tmp_path: Path, make_maker: Any) -> None:
+    maker = make_maker("synth.fused=false")
+    table = {"names": ["zero", "one", "two"], "kept_sha256": "of the data"}
+
+    def plan_of(guided_sha256: str) -> plans.Plan:
+        return plans.make_plan(maker.recipe, table, "target", maker.engine.card, "of the guide", {}, guided_sha256)
+
+    assert plan_of("").id == make_maker().plan.id
+    assert not any("guided" in key or "fused" in key for key in plan_of("").identity)
+    assert len({plan_of(sha256).id for sha256 in ("", "one", "other")}) == 3
+    assert plans.made_with(tmp_path) == plans.MadeWith("", None)
+    for sha256 in ("", "one"):
+        plans.keep_plan(tmp_path / f"of{sha256}", plan_of(sha256))
+        found = plans.made_with(tmp_path / f"of{sha256}")
+        assert (found.build, found.guided_sha256) == ("torch fp32", sha256)
+    with pytest.raises(ConflictError, match=r"guided_step\.file_sha256 = one there, other now"):
+        plans.keep_plan(tmp_path / "ofone", plan_of("other"))
+
+
 def test_a_folder_keeps_its_plan_and_refuses_another_naming_what_differs(tmp_path: Path, make_maker: Any) -> None:
     plans.keep_plan(tmp_path, make_maker().plan)
     before = (tmp_path / "plan.json").read_bytes()

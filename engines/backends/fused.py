@@ -208,6 +208,10 @@ def export_fused(
 def held(data: bytes, card: FusedCard, reference: Reference, name: str, settings: ExportSection, batch: int = 0) -> FusedCard:
     """The card with its parity; in a lower precision, whose rounding hides small errors, after the same file in float32.
 
+    Trajectories measure an engine on trained networks alone. With random weights and without clipping, torch's own states, disturbed
+    by 3e-6 a step (relative, normal), are 42 dB away after 20 steps, and 23 dB by 3e-5; with clipping 109 and 89 dB. Engines of
+    such networks, at opset 18 and 20 alike, are within 1e-6 after one step, and 65 to 75 dB after 20 without clipping.
+
     Raises ParityError, EngineError.
     """
     if card.precision != "fp32":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -115,6 +119,20 @@ def test_two_independent_ways_to_compute_the_file_agree_with_torch(precision: Pr
         assert relative_error(evaluated(widened(data)), rounded_unet(exported.unet, precision)(x, t, y)) < 1e-6
         found = relative_error(evaluated(data), cast_unet(exported.unet, precision)(x, t, y))
     assert 0 < found < 10 * ROUNDING[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", *HALF])
+def test_nvidias_own_inspector_reads_our_files(precision: Precision, onnx_of: Any, tmp_path: Path) -> None:
+    if importlib.util.find_spec("polygraphy") is None:
+        pytest.skip("no polygraphy here: pip install polygraphy")
+    path = tmp_path / "target.onnx"
+    path.write_bytes(onnx_of(Build("onnx", precision)))
+    program = "import sys; from polygraphy.tools import main; sys.argv[0] = 'polygraphy'; main()"
+    told = subprocess.run([sys.executable, "-c", program, "inspect", "model", str(path)], capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0, told.stderr
+    assert f"ONNX Opset: {22 if precision == 'bf16' else 20}" in told.stdout
+    assert "x [dtype=float32, shape=('batch', 1, 8, 8)]" in told.stdout
+    assert "out [dtype=float32" in told.stdout
 
 
 def test_widening_a_file_of_float32_changes_nothing(exported: Any) -> None:

@@ -6,13 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from torch import Tensor
 
 from engines.backends import choice, export, gate
-from engines.backends.base import Engine, EngineFile, engine_path
+from engines.backends.base import Engine, EngineFile
 from engines.backends.choice import BUILDS, Build
 from engines.backends.openvino_engine import MAX_OPSET
 from engines.errors import EngineError, ParityError
@@ -143,23 +142,9 @@ def test_the_batch_of_synthesis_is_checked_beside_one_two_and_the_largest(export
     assert seen == {1, 2, 5, 8}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("opset", [18, 21, 23])
-def test_other_opsets_pass_the_gate_of_every_engine_that_runs_here_or_are_refused_before_they_can_crash_it(
-    opset: int, exported: Any, tmp_path: Path
-) -> None:
-    settings = exported.settings.model_copy(update={"opset": opset})
-    path, made = tmp_path / "target.onnx", dict[Path, bytes]()
-    for build in (*BUILDS, Build("onnx", "bf16")):
-        if not _skip_reason(build) and build.kind != "tensorrt":
-            file = engine_path(path, *build)
-            if build.kind == "openvino" and opset > MAX_OPSET:
-                with pytest.raises(EngineError, match=f"opsets up to {MAX_OPSET}"):
-                    export.export_onnx(exported.unet, exported.schedule, path, settings, "", build, 5, made[file])
-                continue
-            card = export.export_onnx(exported.unet, exported.schedule, path, settings, "", build, 5, made.get(file, b""))
-            made[file] = file.read_bytes()
-            assert card.opset == (max(opset, 22) if build == Build("onnx", "bf16") else opset)
-    assert {file.name for file in made} == {"target.onnx", "target.fp16.onnx", "target.bf16.onnx"}
-    for data in made.values():
-        onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
+@pytest.mark.parametrize("build", [parameter for parameter in EVERY_BUILD if "openvino" in str(parameter.id)])
+def test_an_opset_that_would_crash_openvino_is_refused_before_it_sees_the_file(build: Build, exported: Any, tmp_path: Path) -> None:
+    settings = exported.settings.model_copy(update={"opset": MAX_OPSET + 1})
+    with pytest.raises(EngineError, match=f"opsets up to {MAX_OPSET}"):
+        export.export_onnx(exported.unet, exported.schedule, tmp_path / "target.onnx", settings, "", build, 5, b"not looked at")
+    assert not any(tmp_path.iterdir())

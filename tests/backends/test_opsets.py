@@ -23,8 +23,6 @@ from engines.backends.trt_engine import Batches, build_plan
 from engines.networks.unet import Architecture, UNet
 from engines.recipe import ExportSection
 
-pytestmark = pytest.mark.slow
-
 
 class Case(NamedTuple):
     unet: UNet
@@ -63,6 +61,7 @@ def _as(card: EngineCard, **changes: Any) -> EngineCard:
     return card.model_copy(update=changes)
 
 
+@pytest.mark.slow
 @every
 def test_a_file_of_any_opset_is_valid_and_gives_torchs_numbers_where_it_runs(opset: int, precision: Precision, case: Any) -> None:
     unet, file = case(opset, precision)
@@ -81,6 +80,7 @@ def test_a_file_of_any_opset_is_valid_and_gives_torchs_numbers_where_it_runs(ops
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT for RTX keeps no timing cache, and says so
+@pytest.mark.slow
 @every
 def test_a_real_parser_and_builder_take_a_file_of_any_opset(opset: int, precision: Precision, case: Any, rtx: Any) -> None:
     assert len(build_plan(rtx, case(opset, precision).file, "target.plan", Batches(1, 4, 8), 2**28).plan) > 100_000

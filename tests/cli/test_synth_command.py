@@ -59,6 +59,7 @@ def test_fill_makes_every_tail_class_as_large_as_n_fill(call: Call) -> None:
     assert done.code == 0, done.err
     counts = store.open_run(None).classes()["counts"]
     made = {row["class"]: row["kept"] for row in json.loads(done.out)["classes"]}
+    assert 0 < json.loads(done.out)["outside_network"] < 1
     names = store.open_run(None).classes()["names"]
     assert made == {name: 12 - n for name, n in zip(names, counts, strict=True) if n < 12}
 

@@ -61,8 +61,8 @@ def test_a_sabotaged_engine_of_any_kind_is_not_published_and_its_numbers_are_tol
 ) -> None:
     real = choice.load
 
-    def load(file: EngineFile, origin: str, threads: int = 0, batch: int = 0) -> Engine:
-        engine = real(file, origin, threads, batch)
+    def load(file: EngineFile, *where: Any, **how_run: Any) -> Engine:
+        engine = real(file, *where, **how_run)
         return Sabotaged(engine, how) if file.card.precision == build.precision else engine
 
     monkeypatch.setattr(choice, "load", load)

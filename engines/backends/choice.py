@@ -169,7 +169,7 @@ def choose(
         check: raises EngineError for an engine that does not fit the job.
         made_with: the build, as text, that images to be continued were made with: it is taken where it can be.
         command: what exports the network.
-        device: "auto", "cpu" or "cuda"; see `device_of`. What was measured where it would run now goes before what was not.
+        device: "auto", "cpu" or "cuda"; see `device_of`. What was held to torch on another device is not taken.
 
     Raises EngineError where none can be taken, with the reason of the first.
     """
@@ -189,27 +189,27 @@ def choose(
             check(file)
             require(build)
             places[build] = device_of(build, device, notes[build].append)
+            if away := _elsewhere(file, places[build]):
+                runs_on = places[build].type
+                raise EngineError(f"it was held to torch{away}, and would run on {runs_on}", f"{command} --device {runs_on} does it there")
             usable.append(file)
         except EngineError as error:
             refused.append((build, error))
     if not usable:
         raise refused[0][1]
     speeds = {_build(file): file.card.ms_per_image for file in usable}
-    elsewhere = {build: _elsewhere(file, places[build]) for build, file in zip(speeds, usable, strict=True)}
-    best = min(usable, key=lambda file: (elsewhere[_build(file)] != "", file.card.ms_per_image or float("inf")))
+    best = min(usable, key=lambda file: file.card.ms_per_image or float("inf"))
     taken = _build(best)
     if keep := [file for file in usable if str(_build(file)) == made_with]:
         best, why = keep[0], "the images there were made with it"
     elif len(usable) > 1:
-        others = ", ".join(f"{build} {_speed(ms)}{elsewhere[build]}" for build, ms in speeds.items() if build != taken)
+        others = ", ".join(f"{build} {_speed(ms)}" for build, ms in speeds.items() if build != taken)
         why = f"the fastest when it was exported: {_speed(speeds[taken])} an image and evaluation; {others}"
     else:
         why = f"no other is exported: {command} --engine all" if len(published) == 1 and len(builds) > 1 else ""
     why += "".join(f"; not {build}: {error.problem}" for build, error in refused)
     taken = _build(best)
     why += "".join(f"; {note}" for note in notes[taken])
-    if elsewhere[taken]:
-        why += f"; it runs on {places[taken].type} and was held to torch{elsewhere[taken]}: {command} does it here"
     return Choice(best, why.removeprefix("; "), places[taken])
 
 

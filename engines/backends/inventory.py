@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from engines.backends import choice
 from engines.backends.base import EngineCard, Kind, Precision, card_path, engine_path, weights_sha256
 from engines.backends.choice import Build
+from engines.backends.device import device_name
 from engines.backends.export import Model, onnx_path
 from engines.backends.fused import FusedCard, rules_of
 from engines.backends.gradient import GradientCard
@@ -176,7 +177,7 @@ def _entry(
     stem: str, what: What, kind: str, precision: str, file: Path, card_path: Path, card: Card | None, state: State, reason: str
 ) -> Entry:
     model, _, rest = stem.partition(".")
-    label = stem if rest and rest not in ("fp16", "bf16") else model
+    label = stem.replace(".guided-", " ") if rest and rest not in ("fp16", "bf16") else model
     name = " ".join(word for word in (label, kind, precision) if word)
     size = file.stat().st_size if file.is_file() else 0
     return Entry(name, model, what, kind, precision, file, card_path, card, size, state, reason)
@@ -195,10 +196,16 @@ def _state(
         return "damaged", f"{file.name} is a link"
     if hashlib.sha256(data).hexdigest() != described.file_sha256:
         return "damaged", f"{file.name} is not the file that its card describes"
-    if stale := differences(described, _asked(run, model, described, kind, weights)):
+    asked, build = _asked(run, model, described, kind, weights), Build(kind, precision)
+    try:
+        if isinstance(card, EngineCard):
+            asked["device"] = device_name(choice.device_of(build, run.recipe.synth.device))
+    except DiffRCError as error:
+        return "cannot run here", error.problem
+    if stale := differences(described, asked):
         return "stale", told(stale)
     try:
-        choice.require(Build(kind, precision), described.opset)
+        choice.require(build, described.opset)
         if isinstance(card, PlanCard):
             choice.read(onnx_path(run, cast("Model", model)), Build("tensorrt", card.engine.precision))
     except DiffRCError as error:

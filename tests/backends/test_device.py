@@ -146,7 +146,7 @@ def anything(_: EngineFile) -> None:
     pass
 
 
-def test_what_was_measured_on_another_device_is_taken_last_and_told(on: Callable[..., Any], publish: Callable[..., Path]) -> None:
+def test_what_was_held_to_torch_on_another_device_is_not_taken_and_told(on: Callable[..., Any], publish: Callable[..., Path]) -> None:
     on()
     both = (ONNX, OPENVINO)
     here = choose(publish({ONNX: (H200, 0.1), OPENVINO: ("cpu", 2.0)}), both, anything)
@@ -154,10 +154,10 @@ def test_what_was_measured_on_another_device_is_taken_last_and_told(on: Callable
     assert here.why == "the fastest when it was exported: 0.1 ms an image and evaluation; openvino fp32 2 ms"
     elsewhere = choose(publish({ONNX: ("cpu", 1.0), OPENVINO: ("cpu", 2.0)}), both, anything)
     assert (elsewhere.build, elsewhere.device) == (OPENVINO, CPU)
-    assert "onnx fp32 1 ms on cpu" in elsewhere.why
-    alone = choose(publish({ONNX: ("cpu", 1.0)}), (ONNX,), anything)
-    assert alone.device == GPU
-    assert alone.why == "it runs on cuda and was held to torch on cpu: diffrc export does it here"
+    assert elsewhere.why == "not onnx fp32: it was held to torch on cpu, and would run on cuda"
+    with pytest.raises(EngineError, match="held to torch on cpu, and would run on cuda") as failure:
+        choose(publish({ONNX: ("cpu", 1.0)}), (ONNX,), anything)
+    assert failure.value.remedy == "diffrc export --device cuda does it there"
     assert choose(publish({ONNX: ("cpu", 1.0)}), (ONNX,), anything, device="cpu").why == ""
 
 

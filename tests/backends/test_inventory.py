@@ -36,9 +36,9 @@ OTHER: dict[str, Any] = {
     "max_batch": 1,
     "opset": 19,
     "versions": {"onnxruntime": "1.0"},
+    "device": "NVIDIA H200",
 }
 MEASURED = {  # what the gate found, and how: no part of what an engine depends on
-    "device",  # of the measurement: `choose` prefers what was measured where it would run, and says so where it was not
     "classes",  # the labels of a run are held to the card's by `Maker.check_classes`
     "tolerance",
     "one_step_error",

@@ -26,7 +26,7 @@ from engines.backends import choice, gate
 from engines.backends.base import Engine, EngineCard, Precision, example_input
 from engines.backends.choice import Build
 from engines.backends.device import exact_float32
-from engines.backends.fused import FusedEngine
+from engines.backends.fused import FusedEngine, read_fused
 from engines.backends.torch_engine import TorchEngine, torch_card
 from engines.benchmark import subject
 from engines.benchmark.peaks import Peak, machine, measure_peaks, peak_memory_bytes, synchronize
@@ -308,7 +308,8 @@ class Worker:
             threads = 1 if self.arm.mode == "throughput" else 0
             runtime, precision = self.arm.runtime, self.arm.precision
             assert runtime in ("onnx", "openvino") and precision != "fp16", "steps are made for these alone"
-            self._step = FusedEngine.load(self.folder / subject.STEP, runtime, precision, threads, batch)  # type: ignore[arg-type]
+            file = read_fused(self.folder / subject.STEP, runtime, precision)  # type: ignore[arg-type]
+            self._step = FusedEngine(*file, f"the step in one graph on {runtime} {precision}", threads, batch)
         return self._step
 
     @cached_property

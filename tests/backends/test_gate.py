@@ -14,6 +14,7 @@ from engines.backends import choice, export, gate
 from engines.backends.base import Engine, EngineFile
 from engines.backends.choice import BUILDS, Build
 from engines.backends.openvino_engine import MAX_OPSET
+from engines.backends.torch_engine import TorchEngine
 from engines.errors import EngineError, ParityError
 
 
@@ -148,3 +149,41 @@ def test_an_opset_that_would_crash_openvino_is_refused_before_it_sees_the_file(b
     with pytest.raises(EngineError, match=f"opsets up to {MAX_OPSET}"):
         export.export_onnx(exported.unet, exported.schedule, tmp_path / "target.onnx", settings, "", build, 5, b"not looked at")
     assert not any(tmp_path.iterdir())
+
+
+BRIGHTNESS = gate.Labeler("recognizer", lambda x: torch.stack([-x.flatten(1).mean(1), x.flatten(1).mean(1)], 1))  # dark, bright
+
+
+def test_labels_agree_by_the_share_of_images_that_are_of_the_same_class() -> None:
+    expected = torch.tensor([-0.5, -0.2, 0.2, 0.5]).view(4, 1, 1, 1)
+    assert gate.label_agreement(expected + 0.1, expected, BRIGHTNESS) == 1.0
+    assert gate.label_agreement(expected + 0.3, expected, BRIGHTNESS) == 0.75
+    assert gate.label_agreement(-expected, expected, BRIGHTNESS) == 0.0
+
+
+@pytest.mark.parametrize(("share", "images", "allowed"), [(0.99, 64, 1), (0.97, 64, 2), (0.99, 100, 1), (0.97, 4, 1), (1.0, 64, 0)])
+def test_labels_that_may_change_are_whole_images_rounded_up(share: float, images: int, allowed: int) -> None:
+    assert gate.allowed_changes(gate.Limits(1e-5, 40.0, share, ("", "", "")), images) == allowed
+
+
+def test_a_trajectory_is_of_64_images_or_of_what_half_a_minute_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "TRAJECTORY_IMAGES", 64)
+    assert gate.trajectory_images(1e-4, 50) == 64
+    assert gate.trajectory_images(0.03, 50) == 20
+    assert gate.trajectory_images(10.0, 50) == gate.LEAST_TRAJECTORY_IMAGES
+
+
+def test_an_engine_whose_numbers_are_near_and_whose_labels_change_is_refused_by_the_labels_alone(exported: Any) -> None:
+    """A labeler that sees the last digits: no limit on numbers would notice."""
+    flips = iter((0.0, 1.0))
+
+    def scores(x: Tensor) -> Tensor:
+        flip = next(flips)
+        return torch.tensor([[flip, 1 - flip]]).repeat(len(x), 1)
+
+    reference, limits = TorchEngine(exported.unet, 50, 8), gate.limits_of(exported.settings, "fp32")
+    with pytest.raises(ParityError, match=r"8 of 8 labels changed \(by guide\), 1 allowed; nothing was written") as failure:
+        gate.hold(reference, reference, exported.schedule, limits, 4, "it", gate.Labeler("guide", scores))
+    assert failure.value.remedy == "report it, or loosen export.label_agreement"
+    parity = gate.hold(reference, reference, exported.schedule, limits, 4, "it", BRIGHTNESS)
+    assert (parity.label_agreement, parity.labels_by, parity.one_step_error) == (1.0, "recognizer", 0.0)

@@ -67,7 +67,9 @@ def recipe_of(*overrides: str) -> Recipe:
 def export_network(exported: Any, path: Path, recipe: Recipe, build: Build = ONNX) -> None:
     """The network of all tests under another name, as if a run's export had made it with this recipe."""
     file = read_engine(exported.path)
-    kind = {"kind": build.kind, "precision": build.precision, "recipe_sha256": export_digest(recipe)}
+    kind: dict[str, Any] = {"kind": build.kind, "precision": build.precision, "recipe_sha256": export_digest(recipe)}
+    if build.precision == "bf16":
+        kind["tolerance"] = 0.1
     versions = {name: version for name, version in file.card.versions.items() if "runtime" not in name or build.kind == "onnx"}
     write_engine(path, file.data, file.card.model_copy(update={**kind, "versions": versions}))
 

@@ -33,7 +33,7 @@ from engines.backends.export import file_opset, onnx_bytes, onnx_path
 from engines.backends.gate import limits_of
 from engines.backends.torch_engine import TorchEngine
 from engines.diffusion.schedule import Schedule, make_schedule
-from engines.errors import EngineError, UsageError
+from engines.errors import EngineError, ParityError, UsageError
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
 from engines.recipe import Recipe
@@ -206,7 +206,7 @@ def provide_steps(folder: Path, subject: Subject, builds: Sequence[Build], max_b
     Returns: the builds that cannot be had, and why.
     """
     from engines.backends import fused
-    from engines.backends.gradient import gradient_bytes
+    from engines.backends import gradient as gradients
     from engines.backends.graphs import write_graph
 
     assert subject.guide is not None
@@ -222,11 +222,15 @@ def provide_steps(folder: Path, subject: Subject, builds: Sequence[Build], max_b
                 raise EngineError("these steps are not of one evaluation and one gradient", "--set synth.classifier_free_scale=0")
             if build.kind not in ("onnx", "openvino") or build.precision == "fp16":
                 raise EngineError("no guided step in one graph is made for it", "onnx and openvino have them")
-            gradient, card = gradient_bytes(subject.guide, steps, settings, build.kind, build.precision, data=gradient)
+            gradient, card = gradients.gradient_bytes(subject.guide, steps, settings, build.kind, build.precision, data=gradient)
             data, made = fused.fused_bytes(network, (gradient, card), rules, reference, settings, data)
             unmeasured = {"step_error": 0.0, "figure_error": 0.0, "trajectory_psnr_db": 0.0}
-            write_graph(folder / STEP, data, made.model_copy(update=unmeasured))
-        except EngineError as error:
+            made = made.model_copy(update=unmeasured)
+            if build.precision != "fp32":  # whose rounding would hide a wrong step: the same file passes float32's self-test first
+                exact = {"precision": "fp32", "tolerance": gradients.limits_of(settings, "fp32").step_error}
+                fused.FusedEngine(data, made.model_copy(update=exact), f"the step in one graph on {build.kind} fp32", batch=max_batch)
+            write_graph(folder / STEP, data, made)
+        except (EngineError, ParityError) as error:
             refused[build] = error.problem
     return refused
 

@@ -8,6 +8,7 @@ Group norms, softmaxes, time and label embedding and the output convolution comp
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.backends.base import Precision
-from engines.networks.unet import GroupNorm32, UNet
+from engines.networks.unet import AttentionBlock, GroupNorm32, UNet
 
 BF16_OPSET = 22  # the first at which ONNX has a convolution in bf16
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,6 +33,8 @@ def cast_unet(unet: UNet, precision: Precision) -> UNet:
     for part in (cast.input_blocks, cast.middle_block, cast.output_blocks):
         part.to(DTYPES[precision])
     for module in list(cast.modules()):
+        if isinstance(module, AttentionBlock):
+            module.attend = attend_exactly
         for name, child in module.named_children():
             if isinstance(child, GroupNorm32):
                 setattr(module, name, _Norm(child))
@@ -70,6 +73,17 @@ def widened(data: bytes) -> bytes:
                 attribute.i = TensorProto.FLOAT
     widened_data: bytes = model.SerializeToString(deterministic=True)
     return widened_data
+
+
+def attend_exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`engines.networks.unet.attend` without a constant that half precision would round: on both sides a power of two, which keeps
+    the products in range as well, and what is left of the scale in float32.
+    """
+    size = q.shape[-1]
+    power = 2.0 ** round(-math.log2(size) / 4)
+    weights = (((q * power) @ (k * power).mT).float() * (size**-0.5 / power**2)).softmax(dim=-1)  # (B, heads, M, L)
+    mixed: Tensor = weights.to(v.dtype) @ v
+    return mixed
 
 
 class _Norm(nn.Module):

@@ -198,6 +198,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, a: Architecture) -> None:
         super().__init__()
         self.heads = a.heads(channels)
+        self.attend = attend
         self.new_order = a.use_new_attention_order
         self.norm = _norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -205,7 +206,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = _pointwise(self.qkv, self.norm(x.flatten(2)).mT)  # (B, L, 3C)
-        mixed = attend(*_split_heads(qkv, self.heads, self.new_order))  # (B, heads, L, C/heads)
+        mixed = self.attend(*_split_heads(qkv, self.heads, self.new_order))  # (B, heads, L, C/heads)
         out: Tensor = x + _pointwise(self.proj_out, _join_heads(mixed)).mT.reshape(x.shape)
         return out
 

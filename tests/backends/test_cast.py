@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from engines.backends import onnx_file
 from engines.backends.base import Precision, example_input, relative_error
-from engines.backends.cast import BF16_OPSET, DTYPES, cast_unet, rounded_unet, widened
+from engines.backends.cast import BF16_OPSET, DTYPES, attend_exactly, cast_unet, rounded_unet, widened
 from engines.backends.choice import Build
 from engines.backends.export import file_opset
 from engines.errors import EngineError
-from engines.networks.unet import Architecture, UNet
+from engines.networks.unet import Architecture, UNet, attend
 from engines.recipe import ExportSection
 
 HALF: list[Precision] = ["bf16", "fp16"]
@@ -33,7 +33,7 @@ ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # of one value
 def unet() -> UNet:
     """Every kind of block: both changes of size, skips with and without a convolution, attention, labels."""
     torch.manual_seed(0)
-    unet = UNet(Architecture(8, 3, 16, (1, 2), 1, (4,), num_head_channels=16), 6, 4)
+    unet = UNet(Architecture(8, 3, 16, (1, 2), 1, (4,), num_head_channels=32), 6, 4)
     for module in unet.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             module.reset_parameters()
@@ -80,6 +80,12 @@ def test_the_network_that_is_cast_stays_as_it_was_and_rounding_is_all_that_chang
 
 def test_float32_is_the_network_itself(unet: UNet) -> None:
     assert cast_unet(unet, "fp32") is unet
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 32, 64, 128])
+def test_attention_is_that_of_the_network_whatever_the_size_of_its_heads(size: int) -> None:
+    q, k, v = torch.randn(3, 2, 2, 5, size, generator=torch.Generator().manual_seed(0)).unbind()
+    assert relative_error(attend_exactly(q, k, v), attend(q, k, v)) < 1e-6
 
 
 def test_weights_beyond_fp16_become_infinite_rather_than_wrong(unet: UNet) -> None:

@@ -33,7 +33,7 @@ class Case(NamedTuple):
 def case() -> Callable[[int, Precision], Case]:
     """case(opset, precision): a network with attention, labels, and both changes of size, as a file with a card for ONNX Runtime."""
     torch.manual_seed(0)
-    unet = UNet(Architecture(8, 3, 16, (1, 2), 1, (4,), num_head_channels=16), 6, 4)
+    unet = UNet(Architecture(8, 3, 16, (1, 2), 1, (4,), num_head_channels=32), 6, 4)
     for module in unet.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             module.reset_parameters()

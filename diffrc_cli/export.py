@@ -106,7 +106,7 @@ def export(
 
 
 def _builds(recipe: Recipe, engine: EngineName | None, precision: Literal["fp32", "bf16", "fp16"] | None) -> list[Build]:
-    """What is to be exported. What is named must run here; of all, those that cannot, or are slow for certain, are told of."""
+    """What is to be exported. What is named must run here; of all, those that cannot, or gain nothing here, are told of."""
     from engines.backends import choice
     from engines.backends.export import builds_of_recipe, file_opset
 
@@ -116,8 +116,8 @@ def _builds(recipe: Recipe, engine: EngineName | None, precision: Literal["fp32"
             try:
                 for needed in filter(None, (choice.source_of(build), build)):
                     choice.require(needed, file_opset(recipe.export, needed))
-                if not precision and build == ("onnx", "fp16") and choice.device_of(build, recipe.synth.device).type == "cpu":
-                    raise EngineError("ONNX Runtime is slow in fp16 on a CPU; --precision fp16 makes it all the same", "--precision fp16")
+                if not precision and choice.gains_nothing(build, choice.device_of(build, recipe.synth.device)):
+                    raise EngineError(f"{choice.GAINS_NOTHING}; --precision fp16 makes it all the same", "--precision fp16")
                 builds.append(build)
             except EngineError as error:
                 console.note(f"left out: {build}: {error.problem}")

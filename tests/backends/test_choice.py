@@ -67,6 +67,14 @@ def test_each_file_lies_where_its_name_says(publish: Any) -> None:
     assert (chosen.build, choose(publish({ONNX: 3.0, HALF: 2.0}), builds_of("auto", "fp16"), anything).build) == (ONNX, HALF)
 
 
+def test_fp16_is_not_taken_on_a_cpu_unasked_however_fast_it_was_once(publish: Any) -> None:
+    path = publish({ONNX: 3.0, HALF: 2.0})
+    chosen = choose(path, BUILDS, anything, device="cpu")
+    assert (chosen.build, chosen.why) == (ONNX, "not onnx fp16: no faster than float32 on a CPU, and less exact")
+    assert choose(path, (HALF,), anything, device="cpu").build == HALF
+    assert choose(path, BUILDS, anything, "onnx fp16", device="cpu").build == HALF, "the images there were made with it"
+
+
 def test_what_cannot_run_here_is_left_out_with_its_reason(publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def require(build: Build, opset: int = 0) -> None:
         if build.kind == "openvino":

@@ -206,7 +206,7 @@ def export_fused(
 
 
 def held(data: bytes, card: FusedCard, reference: Reference, name: str, settings: ExportSection, batch: int = 0) -> FusedCard:
-    """The card with its parity; in a lower precision, whose rounding hides small errors, after the same file in float32 on ONNX Runtime.
+    """The card with its parity; in a lower precision, whose rounding hides small errors, after the same file in float32.
 
     Trajectories measure an engine on trained networks alone. With random weights and without clipping, torch's own states, disturbed
     by 3e-6 a step (relative, normal), are 42 dB away after 20 steps, and 23 dB by 3e-5; with clipping 109 and 89 dB. Engines of
@@ -215,8 +215,8 @@ def held(data: bytes, card: FusedCard, reference: Reference, name: str, settings
     Raises ParityError, EngineError.
     """
     if card.precision != "fp32":
-        limits, origin = limits_of(settings, "fp32"), f"{name} on onnx fp32"
-        twin = card.model_copy(update={"runtime": "onnx", "precision": "fp32", "tolerance": limits.step_error})
+        limits, origin = limits_of(settings, "fp32"), f"{name} on {card.runtime} fp32"
+        twin = card.model_copy(update={"precision": "fp32", "tolerance": limits.step_error})
         errors = step_errors(FusedEngine(data, twin, origin, batch=batch), reference, batch)
         refuse_disagreement(FusedParity(*errors, math.inf), origin, limits)
     origin = f"{name} on {card.runtime} {card.precision}"

@@ -128,7 +128,7 @@ def test_copies_are_told_of_and_can_be_left_out(call: Call) -> None:
         (["synth", "--class", "nine", "--n", "3", "--steps", "0"], 2, "synth.steps", "diffrc recipe show"),
         (["synth", "--class", "nine", "--n", "3", "--steps", "5000"], 2, "cannot give 5000", "diffrc recipe show"),
         (["synth", "--class", "nine", "--n", "3", "--steps", "ddim"], 2, "synth.steps: should be a number of steps", "diffrc recipe show"),
-        (["synth", "--class", "nine", "--n", "3", "--engine", "tensorrt"], 2, "tensorrt", "--help"),
+        (["synth", "--class", "nine", "--n", "3", "--engine", "vulkan"], 2, "vulkan", "--help"),
         (["synth", "--class", "nine", "--n", "3", "--set", "unet.model_channels=32"], 2, "trained with other settings", "diffrc train"),
         (["synth", "--class", "nine", "--n", "3", "--set", "diffusion.steps=500"], 2, "diffusion.steps = 1000 there", "diffrc train"),
         (["synth", "--class", "nine", "--n", "3", "--run", "nowhere"], 2, "not a run folder", "diffrc train"),
@@ -136,7 +136,7 @@ def test_copies_are_told_of_and_can_be_left_out(call: Call) -> None:
         (["synth", "--class", "nine", "--n", "3", "--out", "a-file/deeper"], 8, "cannot write", "folder that can be written"),
         (["synth", "--class", "nine", "--n", "3", "--out", "photos"], 5, "not empty", "--out"),
         (["export", "--run", "nowhere"], 2, "not a run folder", "diffrc train"),
-        (["export", "--engine", "tensorrt"], 2, "tensorrt", "--help"),
+        (["export", "--engine", "vulkan"], 2, "vulkan", "--help"),
     ],
 )
 def test_a_mistake_gives_one_line_of_cause_one_of_remedy_and_its_exit_code(

@@ -77,3 +77,9 @@ class Interrupted(DiffRCError):
     def __init__(self, problem: str, remedy: str, signal_number: int = 2) -> None:
         super().__init__(problem, remedy)
         self.signal_number = signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, for the problem of one of ours; its class where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

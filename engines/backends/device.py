@@ -1,8 +1,9 @@
-"""Where networks run: the device asked for, exact float32 on it, and a stream of it for runtimes that torch knows nothing of."""
+"""Where networks run: the device asked for, exact float32 on it, a stream of it for runtimes that torch knows nothing of; processors."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 import warnings
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engines.errors import EngineError, UsageError
+from engines.errors import EngineError, UsageError, first_line
 
 CPU = torch.device("cpu")
 TF32 = False  # in every runtime: its 10 bits of mantissa are no float32, and parity limits for float32 would not hold
@@ -39,6 +40,25 @@ def choose_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What a card calls it: "cpu", or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processors() -> int:
+    """How many this process may use: not all that there are, where the system tells them apart."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Torch on one thread while batches run side by side: their speed adds up, and no sum depends on a thread count.
+
+    Threads that are started meanwhile say so themselves (`torch.set_num_threads` as initializer): OpenMP keeps the number by thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -81,15 +101,11 @@ def gpu_failures() -> Iterator[None]:
             raise
         if any(words in str(error).lower() for words in ("out of memory", "failed to allocate memory")):
             raise _out_of_memory(error) from error
-        raise EngineError(f"the GPU failed: {_first_line(error)}", "nvidia-smi shows its state; then the same command continues") from error
+        raise EngineError(f"the GPU failed: {first_line(error)}", "nvidia-smi shows its state; then the same command continues") from error
 
 
 def _out_of_memory(error: Exception) -> OutOfMemory:
-    return OutOfMemory(f"the GPU has too little memory left: {_first_line(error)}", "free the GPU, or a smaller synth.batch_size")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
+    return OutOfMemory(f"the GPU has too little memory left: {first_line(error)}", "free the GPU, or a smaller synth.batch_size")
 
 
 class Stream(Protocol):

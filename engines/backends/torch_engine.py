@@ -16,9 +16,9 @@ from torch import Tensor
 
 from engines.backends.base import EngineCard, Precision, check_input, package_versions, weights_sha256
 from engines.backends.cast import cast_unet
-from engines.backends.device import device_name, exact_float32
+from engines.backends.device import device_name, exact_float32, one_thread_each
 from engines.backends.gate import limits_of, one_step_error
-from engines.errors import EngineError, ParityError
+from engines.errors import EngineError, ParityError, first_line
 from engines.networks.unet import UNet
 from engines.recipe import ExportSection
 
@@ -134,12 +134,8 @@ def held_engine(unet: UNet, timesteps: int, batch: int, settings: ExportSection,
     """
     engine, reference = TorchEngine(unet, timesteps, batch, "", precision, compiled), TorchEngine(unet, timesteps, batch)
     limits = limits_of(settings, precision, engine.device.type == "cuda")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in synthesis: compiled code is for a number of threads
-    try:
+    with one_thread_each():  # as in synthesis: compiled code is for a number of threads
         error = one_step_error(engine, reference, batch)
-    finally:
-        torch.set_num_threads(threads)
     if not error <= limits.one_step_tolerance:  # also where it is not a number
         raise ParityError(
             f"torch in {precision}{', compiled,' if compiled else ''} disagrees with eager float32: relative error {error:.2g} of one "
@@ -188,8 +184,7 @@ def _compiled(network: UNet, device: torch.device) -> Evaluate:
                 out: Tensor = compiled(x, t, y)
             quiet = False
         except TorchDynamoException as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-            raise EngineError(f"torch.compile failed: {reason}", UNCOMPILED) from error
+            raise EngineError(f"torch.compile failed: {first_line(error)}", UNCOMPILED) from error
         return out
 
     return evaluate

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from engines.backends.base import example_input, package_versions
 from engines.backends.choice import BUILDS, Build
+from engines.backends.device import processors
 from engines.backends.torch_engine import TorchEngine
 from engines.benchmark import subject as subjects
 from engines.benchmark.peaks import Peak, operations_of
@@ -73,7 +73,7 @@ class Settings:
     @property
     def processors(self) -> int:
         """That may be used."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or processors()
 
 
 QUICK = Settings(batches=(8,), modes=("throughput",), turns=3, visit_seconds=0.3, peak_seconds=0.3, sampling_steps=2)
@@ -283,26 +283,37 @@ def _play(
             turns = [_Counted(process, job, settings.turns, report if i == 0 else silent) for i, process in enumerate(playing)]
             taken = take_turns(turns, batch, settings.turns, settings.visit_seconds)
             report(job, settings.turns + 1, settings.turns + 1, {})
-            found += [(process, batch, spent, process.memory()) for process, spent in zip(playing, taken, strict=True)]
+            left_out |= {f"{turn.player.arm.name} ({job})": turn.failed for turn in turns if turn.failed}
+            playing = [turn.player for turn in turns if not turn.failed]
+            measured = [spent for turn, spent in zip(turns, taken, strict=True) if not turn.failed]
+            found += [(process, batch, spent, process.memory()) for process, spent in zip(playing, measured, strict=True)]
         for process in playing:
             key = process.arm.runtime, process.arm.precision
             if not process.arm.guided and key not in errors:
                 errors[key] = process.one_step_error()
     for process, batch, spent, memory in found:
         arm = process.arm
+        if process not in playing:  # it failed at a larger batch: its parity was never asked for
+            continue
         error_of_one = None if arm.guided else errors[arm.runtime, arm.precision]
         rows.append(Row(arm, batch, tuple(map(tuple, spent)), first_run[arm.name], *memory, error_of_one))
     return rows
 
 
 class _Counted:
-    """A player whose turns are reported."""
+    """A player whose turns are reported; where it fails, the others go on."""
 
-    def __init__(self, player: Player, job: str, turns: int, report: Report) -> None:
-        self._player, self._job, self._turns, self._report, self._done = player, job, turns, report, 0
+    def __init__(self, player: Process, job: str, turns: int, report: Report) -> None:
+        self.player, self.failed = player, ""
+        self._job, self._turns, self._report, self._done = job, turns, report, 0
 
     def time(self, batch: int, seconds: float) -> list[float]:
-        """See `Player`."""
+        """See `Player`; nothing once it has failed."""
         self._report(self._job, self._done, self._turns + 1, {})
         self._done += 1
-        return self._player.time(batch, seconds)
+        if not self.failed:
+            try:
+                return self.player.time(batch, seconds)
+            except EngineError as error:
+                self.failed = error.problem
+        return []

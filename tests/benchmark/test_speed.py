@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -275,6 +276,42 @@ def test_guided_steps_are_scaled_to_the_recipes_and_compared_with_both_plain_loo
     assert ours["over_plain_fp32"]["median"] == 5.0 and ours["over_plain_bf16"]["median"] == 2.5
     assert (half["engine"], ours["engine"]) == ("autocast bf16, plain", "onnx fp32 + torch guide")
     assert speed_png(found).startswith(b"\x89PNG")
+
+
+class Failing:
+    """A process whose arm cannot run batches above `most`."""
+
+    def __init__(self, arm: Arm, most: int) -> None:
+        self.arm, self.most = arm, most
+
+    def load(self, batch: int) -> float:
+        return 1.0
+
+    def time(self, batch: int, seconds: float) -> list[float]:
+        if batch > self.most:
+            raise EngineError("out of memory", "a smaller batch")
+        return [1.0]
+
+    def memory(self) -> tuple[int, int]:
+        return 1, 2
+
+    def one_step_error(self) -> float:
+        return 0.0
+
+
+def test_an_engine_that_fails_at_a_larger_batch_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arms = [Arm("torch", "fp32"), Arm("onnx", "fp32")]
+
+    @contextlib.contextmanager
+    def working(_arms: Sequence[Arm], _folder: Path) -> Iterator[list[Failing]]:
+        yield [Failing(arms[0], 8), Failing(arms[1], 1)]
+
+    monkeypatch.setattr(speed, "working", working)
+    left_out: dict[str, str] = {}
+    rows = speed._play(tmp_path, arms, Settings(batches=(1, 8), turns=2), left_out, "latency", speed.silent, [])
+    assert [(row.arm.name, row.batch) for row in rows] == [("torch fp32", 1), ("torch fp32", 8)]
+    assert [len(row.turns_ms) for row in rows] == [2, 2]
+    assert left_out == {"onnx fp32 (latency, batch 8)": "out of memory"}
 
 
 def test_what_is_left_out_for_one_reason_is_told_once() -> None:

@@ -117,15 +117,14 @@ def _settings(
     device: str,
 ) -> Settings:
     """What is named, and else the defaults: those of --quick, or the usual ones."""
-    import os
     from dataclasses import replace
 
-    from engines.backends.device import choose_device
+    from engines.backends.device import choose_device, processors
     from engines.benchmark.speed import QUICK, Settings
 
     settings = QUICK if quick else Settings()
     chosen = choose_device(device)
-    have = len(os.sched_getaffinity(0))
+    have = processors()
     if threads > have:
         raise UsageError(f"--threads {threads}: this process may use {have} processors", f"--threads {have}, or none")
     if chosen.type == "cuda":

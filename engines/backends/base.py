@@ -148,10 +148,15 @@ def write_engine(path: Path, data: bytes, card: EngineCard) -> None:
 
     Cards of other runtimes for the same file stay good where its bytes do not change, and are refused where they do.
     """
-    assert hashlib.sha256(data).hexdigest() == card.file_sha256
+    write_with_card(path, data, card.file_sha256, card_path(path, card.kind, card.precision), card)
+
+
+def write_with_card(path: Path, data: bytes, sha256: str, place: Path, card: BaseModel) -> None:
+    """`write_engine` for any kind of card, which says `sha256` of the file and goes to `place`. Raises StorageError."""
+    assert hashlib.sha256(data).hexdigest() == sha256
     if not path.is_file() or path.read_bytes() != data:
         store.write_bytes(path, data)
-    store.write_text(card_path(path, card.kind, card.precision), card.model_dump_json(indent=1) + "\n")
+    store.write_text(place, card.model_dump_json(indent=1) + "\n")
 
 
 def weights_sha256(module: nn.Module) -> str:

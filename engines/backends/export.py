@@ -35,7 +35,7 @@ from engines.backends.choice import BUILDS, Build
 from engines.backends.device import CPU, device_name, gpu_failures
 from engines.backends.gate import Labeler
 from engines.backends.keys import EXPORTERS, RUNTIMES, differences, export_digest, versions_now, wanted
-from engines.backends.onnx_file import serialized, to_onnx, to_opset
+from engines.backends.onnx_file import MAX_FILE_BYTES, serialized, to_onnx, to_opset
 from engines.backends.ort_engine import OUTPUT, input_names
 from engines.backends.torch_engine import TorchEngine
 from engines.diffusion.schedule import Schedule, make_schedule
@@ -49,7 +49,6 @@ from engines.store import RunFolder
 Model = Literal["target", "source"]
 PLAIN_OPSET = 20  # the last at which torch writes group norms as operators that every runtime gets right
 EXAMPLE_BATCH = 7  # equal to no other size in the network, or the exporter ties the two together
-MAX_FILE_BYTES = 2**31 - 1  # of one protobuf message
 
 
 def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = silent, builds: Sequence[Build] = ()) -> list[EngineCard]:
@@ -120,6 +119,11 @@ def builds_of_recipe(recipe: Recipe) -> tuple[Build, ...]:
 def onnx_path(run: RunFolder, model: Model) -> Path:
     """Where a run's exported network lies, in float32; `engine_path` says where its other engines are."""
     return run.engines / "onnx" / f"{model}.onnx"
+
+
+def export_command(run: RunFolder, model: Model) -> str:
+    """What a person types to export a run's network, for messages."""
+    return "diffrc export" + (" --model source" if model == "source" else "") + f" --run {run.path}"
 
 
 def labeler_of(run: RunFolder) -> Labeler | None:

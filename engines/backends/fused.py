@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from engines.backends.base import REMEDY, EngineFile, Precision, package_versions, relative_error, thinned
+from engines.backends.gate import psnr_db
 from engines.backends.gradient import OUTPUTS as GRADIENT_OUTPUTS
 from engines.backends.gradient import GradientCard, Limits, limits_of
 from engines.backends.graphs import GraphCard, Runtime, open_graph, read_graph, repeated, write_graph
@@ -117,8 +118,7 @@ class FusedEngine:
     def __init__(self, data: bytes, card: FusedCard, origin: str, threads: int = 0, batch: int = 0) -> None:
         self.card = card
         self._graph = open_graph(data, INPUTS, OUTPUTS, card.opset, origin, card.runtime, threads, card.precision)
-        if card.self_test:
-            _self_test(self, origin, batch)
+        _self_test(self, origin, batch)
 
     @classmethod
     def load(cls, path: Path, runtime: Runtime = "onnx", precision: Precision = "fp32", threads: int = 0, batch: int = 0) -> FusedEngine:
@@ -325,8 +325,7 @@ def trajectory_psnr_db(engine: FusedEngine, reference: Reference) -> float:
 
     with torch.no_grad():
         found, expected = (torch.cat([drawn(i, guided) for i in range(0, TRAJECTORY_IMAGES, pair)]) for guided in (True, False))
-    error = (found - expected).double().square().flatten(1).mean(1)  # (B,)
-    return float((10 * (4 / error.clamp(min=4e-20)).log10()).min())  # at most 200 dB
+    return float(psnr_db(found, expected).min())
 
 
 def refuse_disagreement(parity: FusedParity, name: str, limits: Limits) -> None:
@@ -435,6 +434,8 @@ def _self_test(engine: FusedEngine, origin: str, batch: int = 0) -> None:
     """Compare with what torch gave, in batches of `batch`. Raises ParityError."""
     card = engine.card
     rows = torch.tensor(card.self_test_schedule, dtype=torch.float32)
+    if not len(rows):
+        raise ParityError(f"{origin} has a card that says nothing to hold it to", REMEDY)
     inputs = *_inputs(card, len(rows), 0), rows, _example_scales(len(rows))
     steps = [engine(*part) for part in repeated(inputs, len(rows), min(batch or len(rows), card.max_batch))]
     step = Stepped(*(torch.cat(outputs) for outputs in zip(*steps, strict=True)))

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -131,11 +132,6 @@ def one_step_error(engine: Engine, reference: Engine, batch: int = 1) -> float:
     return worst
 
 
-def trajectory_psnr_db(engine: Engine, reference: Engine, schedule: Schedule) -> float:
-    """PSNR of the worst of a few images after a trajectory."""
-    return float(psnr_db(*(trajectory(runner, schedule, LEAST_TRAJECTORY_IMAGES) for runner in (engine, reference))).min())
-
-
 def trajectory(engine: Engine, schedule: Schedule, images: int) -> Tensor:
     """(N, C, H, W) images after 50 steps of DDIM from noise that is always the same, labels in turn."""
     short = respace(schedule, trajectory_steps(schedule))
@@ -201,15 +197,27 @@ def allowed_changes(limits: Limits, images: int) -> int:
 
 
 def ms_per_image(engines: Sequence[Engine], batch: int) -> list[float]:
-    """Milliseconds of one evaluation divided by its images: medians, the engines taking turns after one that is not timed."""
-    times: list[list[float]] = [[] for _ in engines]
-    for turn in range(TIMED_TURNS + 1):
-        for engine, spent in zip(engines, times, strict=True):
-            x, t, y = example_input(engine.card, batch, engine.card.timesteps // 2)
+    """Milliseconds of one evaluation divided by its images."""
+    jobs = [partial(engine, *example_input(engine.card, batch, engine.card.timesteps // 2)) for engine in engines]
+    return [1000 * seconds / batch for seconds in seconds_in_turn(jobs, TIMED_TURNS)]
+
+
+def seconds_in_turn(jobs: Sequence[Callable[[], object]], turns: int, least: int = 0, limit: float = math.inf) -> list[float]:
+    """Median seconds of each job; they take turns, after one turn that is not timed.
+
+    Args:
+        turns: that are timed; fewer, but `least` of them, where they take more than `limit` seconds.
+    """
+    times: list[list[float]] = [[] for _ in jobs]
+    first = time.perf_counter()
+    for turn in range(turns + 1):
+        if turn > max(1, least) and time.perf_counter() - first > limit:
+            break
+        for job, spent in zip(jobs, times, strict=True):
             started = time.perf_counter()
-            engine(x, t, y)
+            job()
             spent += [time.perf_counter() - started] if turn else []
-    return [1000 * statistics.median(spent) / batch for spent in times]
+    return [statistics.median(spent) for spent in times]
 
 
 def trajectory_steps(schedule: Schedule) -> int:

@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 from engines.backends.base import REMEDY, Precision, package_versions, relative_error, thinned, weights_sha256
 from engines.backends.graphs import GraphCard, Runtime, open_graph, read_graph, repeated, write_graph
 from engines.backends.keys import EXPORTERS, RUNTIMES
-from engines.backends.onnx_file import first_line, serialized, to_onnx
+from engines.backends.onnx_file import serialized, to_onnx
 from engines.diffusion.guidance import class_gradient
 from engines.diffusion.losses import prototype_log_probs
 from engines.diffusion.noise import batch_noise, image_key
-from engines.errors import EngineError, NumericsError, ParityError
+from engines.errors import EngineError, NumericsError, ParityError, first_line
 from engines.networks.guide import Guide
 from engines.recipe import ExportSection
 
@@ -91,8 +91,7 @@ class GradientEngine:
     def __init__(self, data: bytes, card: GradientCard, origin: str, threads: int = 0, batch: int = 0) -> None:
         self.card = card
         self._graph = open_graph(data, INPUTS, OUTPUTS, card.opset, origin, card.runtime, threads, card.precision)
-        if card.self_test:
-            _self_test(self, origin, batch)
+        _self_test(self, origin, batch)
 
     @classmethod
     def load(cls, path: Path, runtime: Runtime = "onnx", precision: Precision = "fp32", threads: int = 0, batch: int = 0) -> GradientEngine:

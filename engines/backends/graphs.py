@@ -11,9 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from engines import store
 from engines.backends import ort_engine
-from engines.backends.base import REMEDY, SELF_TEST_MARGIN, Precision, card_path
+from engines.backends.base import REMEDY, SELF_TEST_MARGIN, Precision, card_path, write_with_card
 from engines.errors import EngineError
 
 Runtime = Literal["onnx", "openvino"]
@@ -60,14 +59,8 @@ Card = TypeVar("Card", bound=GraphCard)
 
 
 def write_graph(path: Path, data: bytes, card: GraphCard) -> None:
-    """Commit a file, then its card: killed between the two, what lies there is refused. Raises StorageError.
-
-    Cards of other runtimes for the same file stay good where its bytes do not change, and are refused where they do.
-    """
-    assert hashlib.sha256(data).hexdigest() == card.file_sha256
-    if not path.is_file() or path.read_bytes() != data:
-        store.write_bytes(path, data)
-    store.write_text(card_path(path, card.runtime, card.precision), card.model_dump_json(indent=1) + "\n")
+    """Commit a file, then its card, as `write_engine` does. Raises StorageError."""
+    write_with_card(path, data, card.file_sha256, card_path(path, card.runtime, card.precision), card)
 
 
 def read_graph(path: Path, kind: type[Card], runtime: Runtime, precision: Precision, what: str) -> tuple[bytes, Card]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import statistics
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from engines.backends import choice
-from engines.backends.base import EngineFile, package_versions, read_engine, weights_sha256
+from engines.backends.base import EngineFile, read_engine, weights_sha256
 from engines.backends.choice import Build
+from engines.backends.device import one_thread_each, processors
 from engines.backends.fused import (
     FusedCard,
     FusedEngine,
@@ -30,16 +28,17 @@ from engines.backends.fused import (
     reference_step,
     rules_of,
 )
+from engines.backends.gate import seconds_in_turn
 from engines.backends.gradient import GradientCard, export_gradient, read_gradient
-from engines.backends.graphs import Card, GraphCard, Runtime, write_graph
-from engines.backends.keys import EXPORTERS, RUNTIMES, differences, wanted
+from engines.backends.graphs import Card, Runtime, write_graph
+from engines.backends.keys import EXPORTERS, RUNTIMES, differences, versions_now, wanted
+from engines.backends.onnx_file import MAX_FILE_BYTES
 from engines.diffusion.schedule import make_schedule
 from engines.errors import EngineError
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
 from engines.recipe import ExportSection, Recipe
 
-MAX_FILE_BYTES = 2**31 - 1  # of one protobuf message
 TIMED_TURNS = 25  # or as many as TIMED_SECONDS allow, but
 LEAST_TIMED_TURNS = 3
 TIMED_SECONDS = 6.0
@@ -97,13 +96,15 @@ def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, build
     file = read_engine(network, *build)
     settings = recipe.export.model_copy(update={"opset": file.card.opset})
 
-    def fits(card: FusedCard) -> bool:
-        of = (card.weights_sha256, card.guide_sha256, card.rules, card.recipe_sha256)
-        return of == (file.card.weights_sha256, guide_sha256, rules, file.card.recipe_sha256)
-
+    of = {
+        "weights_sha256": file.card.weights_sha256,
+        "guide_sha256": guide_sha256,
+        "rules": rules,
+        "recipe_sha256": file.card.recipe_sha256,
+    }
     batch, read = recipe.synth.batch_size, partial(read_fused, path)
-    kept = _current(read, guided, fits)
-    if kept and kept.measured_batch == batch:
+    kept = _current(read, guided, of | {"measured_batch": batch})
+    if kept:
         return kept
     try:
         gradient = _gradient(gradient_path(network), guide, recipe, settings, file.card.recipe_sha256, guided)
@@ -111,7 +112,7 @@ def export_guided(network: Path, unet: UNet, guide: Guide, recipe: Recipe, build
             raise EngineError(f"network and guide take more than one ONNX file can hold: {path.name} is not made", WITHOUT)
         schedule = make_schedule(recipe.diffusion.noise_schedule, recipe.diffusion.steps)
         reference = Reference(unet, guide.log_probs, schedule)
-        made = _made(read, fits)
+        made = _made(read, of)
         data, card = fused_bytes(file, gradient, rules, reference, settings, made)
         card = held(data, card, reference, path.name, settings, batch)
         card = timed(data, card, file, reference, batch)
@@ -129,14 +130,10 @@ def _gradient(
     path: Path, guide: Guide, recipe: Recipe, settings: ExportSection, recipe_sha256: str, build: GuidedBuild
 ) -> tuple[bytes, GradientCard]:
     """The guide's exported gradient: the one that is there, or a new one."""
-    of = (weights_sha256(guide), recipe_sha256, settings.opset)
-
-    def fits(card: GradientCard) -> bool:
-        return (card.weights_sha256, card.recipe_sha256, card.opset) == of
-
+    of = {"weights_sha256": weights_sha256(guide), "recipe_sha256": recipe_sha256, "opset": settings.opset}
     read = partial(read_gradient, path)
-    if not _current(read, build, fits):
-        data = _made(read, fits)
+    if not _current(read, build, of):
+        data = _made(read, of)
         export_gradient(guide, recipe.diffusion.steps, path, settings, *build, recipe_sha256, recipe.synth.batch_size, data)
     return read_gradient(path, *build)
 
@@ -144,28 +141,28 @@ def _gradient(
 Read = Callable[[Runtime, Literal["fp32", "bf16"]], tuple[bytes, Card]]
 
 
-def _current(read: Read[Card], build: GuidedBuild, fits: Callable[[Card], bool]) -> Card | None:
-    """The card of a file that was made of these weights by this recipe and these packages, or None."""
+def _current(read: Read[Card], build: GuidedBuild, of: Mapping[str, Any]) -> Card | None:
+    """The card of a file that was made of these weights by this recipe and these packages, or None.
+
+    Args:
+        of: what the card must say, packages apart.
+    """
     try:
         _, card = read(*build)
     except EngineError:  # missing, damaged or older: made anew
         return None
-    return card if fits(card) and card.versions == package_versions((*EXPORTERS, *RUNTIMES[build.runtime])) else None
+    return None if differences(card, {**of, "versions": versions_now((*EXPORTERS, *RUNTIMES[build.runtime]))}) else card
 
 
-def _made(read: Read[Card], fits: Callable[[Card], bool]) -> bytes:
+def _made(read: Read[Card], of: Mapping[str, Any]) -> bytes:
     """The file, where a card for any runtime says that it was made of these weights by this recipe and exporter; else empty."""
-    versions = package_versions(EXPORTERS)
+    asked = {**of, "versions": versions_now(EXPORTERS)}
     for build in BUILDS:
         with contextlib.suppress(EngineError):
             data, card = read(*build)
-            if fits(card) and _exporters(card) == versions:
+            if not differences(card, asked):
                 return data
     return b""
-
-
-def _exporters(card: GraphCard) -> dict[str, str]:
-    return {name: version for name, version in card.versions.items() if name in EXPORTERS}
 
 
 def timed(data: bytes, card: FusedCard, network: EngineFile, reference: Reference, batch: int) -> FusedCard:
@@ -174,43 +171,22 @@ def timed(data: bytes, card: FusedCard, network: EngineFile, reference: Referenc
     engine = choice.load(network, "the network", threads=1, batch=batch)
     apart = reference._replace(denoise=engine)
     inputs = example(card, batch, card.timesteps // 2, reference.schedule)
-    ms, apart_ms = ms_per_image((lambda: fused(*inputs), lambda: reference_step(apart, card, *inputs)), batch)
+    ms, apart_ms = ms_side_by_side((lambda: fused(*inputs), lambda: reference_step(apart, card, *inputs)), batch)
     return card.model_copy(update={"measured_batch": batch, "ms_per_image": ms, "apart_ms_per_image": apart_ms})
 
 
-def ms_per_image(ways: Sequence[Callable[[], object]], batch: int) -> list[float]:
-    """Milliseconds of a step divided by its images, as `synth` runs them: a batch a processor, each on one thread, side by side.
-
-    Medians; the ways take turns after one turn that is not timed.
-    """
-    workers = len(os.sched_getaffinity(0))
+def ms_side_by_side(ways: Sequence[Callable[[], object]], batch: int) -> list[float]:
+    """Milliseconds of a step divided by its images, as `synth` runs them: a batch a processor, each on one thread, side by side."""
+    workers = processors()
     together = threading.Barrier(workers)  # each thread has one batch
 
     def one(way: Callable[[], object]) -> None:
         together.wait()
         way()
 
-    times: list[list[float]] = [[] for _ in ways]
-    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        first = time.perf_counter()
-        for turn in range(TIMED_TURNS + 1):
-            if turn > LEAST_TIMED_TURNS and time.perf_counter() - first > TIMED_SECONDS:
-                break
-            for way, spent in zip(ways, times, strict=True):
-                started = time.perf_counter()
-                list(pool.map(one, [way] * workers))
-                spent += [time.perf_counter() - started] if turn else []
-    return [1000 * statistics.median(spent) / (batch * workers) for spent in times]
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        jobs = [lambda way=way: list(pool.map(one, [way] * workers)) for way in ways]
+        return [1000 * seconds / (batch * workers) for seconds in seconds_in_turn(jobs, TIMED_TURNS, LEAST_TIMED_TURNS, TIMED_SECONDS)]
 
 
 # ------------------------------------------------------------------------------------------------------------ choice
@@ -260,7 +236,7 @@ def choose(
     if made_with is not None and made_with in ("", card.file_sha256):
         way = "one graph" if made_with else "torch's guide"
         return Way((data, card) if made_with else None, f"{way} (the images there were made with it)")
-    speeds = f"{card.ms_per_image:.3g} ms an image", f"{card.apart_ms_per_image:.3g}"
+    whole, apart = f"{card.ms_per_image:.3g}", f"{card.apart_ms_per_image:.3g}"
     if card.ms_per_image > card.apart_ms_per_image:
-        return Way(None, f"torch's guide, {speeds[1]} ms an image against {speeds[0].split(' ')[0]} in one graph")
-    return Way((data, card), f"one graph, {speeds[0]} against {speeds[1]} with torch's guide")
+        return Way(None, f"torch's guide, {apart} ms an image against {whole} in one graph")
+    return Way((data, card), f"one graph, {whole} ms an image against {apart} with torch's guide")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.base import EngineCard, EngineFile, Precision, check_input, read_engine, self_test
+from engines.backends.device import processors
 from engines.backends.ort_engine import OUTPUT, check_model
 from engines.errors import EngineError
 
@@ -83,9 +83,8 @@ class StaticModel:
 
     def __init__(self, data: bytes, origin: str, precision: Precision, threads: int = 0, streams: int = 0) -> None:
         self._origin, self._hint = origin, HINTS.get(precision, "")
-        processors = len(os.sched_getaffinity(0))
-        self._streams = (streams or processors) if threads else 1
-        self._threads = self._streams * threads or processors
+        self._streams = (streams or processors()) if threads else 1
+        self._threads = self._streams * threads or processors()
         check_operators(data, origin)
         self._core = require_runtime(precision).Core()
         self._model = self._read(data)

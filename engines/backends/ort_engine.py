@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from engines.backends.base import EngineCard, EngineFile, check_input, read_engine, self_test, unreadable
-from engines.backends.device import TF32, CudaStream, Stream, gpu_failures
-from engines.errors import EngineError
+from engines.backends.device import TF32, CudaStream, Stream, gpu_failures, processors
+from engines.errors import EngineError, first_line
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 CPU: Final = "CPUExecutionProvider"
@@ -170,7 +169,7 @@ def session(data: bytes, origin: str, threads: int = 0, provider: Provider = CPU
     """
     onnxruntime = require_runtime(provider)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or processors()
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors
@@ -228,7 +227,7 @@ def _start(onnxruntime: Any, data: bytes, origin: str, provider: Provider, optio
         with _quiet(onnxruntime) if silent else contextlib.nullcontext():
             made = onnxruntime.InferenceSession(data, options, providers=providers, **silent)
     except Exception as error:  # the runtime raises classes of its own, which share no base
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if provider == CPU:
             raise EngineError(f"ONNX Runtime cannot load {origin}: {reason}", "diffrc export makes it anew") from error
         reason = _missing_library(onnxruntime, provider) or reason

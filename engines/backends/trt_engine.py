@@ -28,7 +28,7 @@ from engines import store
 from engines.backends import keys
 from engines.backends.base import EngineCard, EngineFile, card_path, check_input, package_versions, self_test, self_test_batch
 from engines.backends.ort_engine import OUTPUT, check_model, input_names
-from engines.errors import EngineError, StorageError
+from engines.errors import EngineError, StorageError, first_line
 
 if TYPE_CHECKING:
     import tensorrt as trt_types
@@ -328,14 +328,6 @@ def read_file(path: Path, onnx: EngineCard, device: Device | None = None) -> Pla
     return PlanFile(data, card.engine, card)
 
 
-def current(path: Path, expected: Build) -> PlanCard | None:
-    """The card of a plan that need not be built again, or None."""
-    try:
-        return read_plan(path, expected)[1]
-    except EngineError:  # missing, damaged or of another build: made anew
-        return None
-
-
 def read_plan(path: Path, expected: Build) -> tuple[bytes, PlanCard]:
     """A plan and its card, read once and checked. Raises EngineError that names what does not fit."""
     _require_own(path.parent, path, card_path(path))
@@ -590,7 +582,7 @@ class CudaDevice:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 enqueue()
         except RuntimeError as error:  # of the CUDA runtime, which has no classes
-            raise EngineError(f"TensorRT's run cannot become a CUDA graph: {str(error).splitlines()[0]}", WITHOUT) from error
+            raise EngineError(f"TensorRT's run cannot become a CUDA graph: {first_line(error)}", WITHOUT) from error
         return graph.replay
 
 
@@ -599,7 +591,7 @@ def require_tensorrt() -> Any:
     try:
         import tensorrt
     except Exception as error:  # the stub without its library raises what it likes
-        raise EngineError(f"TensorRT cannot be imported: {str(error).splitlines()[0] if str(error) else error!r}", INSTALL) from None
+        raise EngineError(f"TensorRT cannot be imported: {first_line(error)}", INSTALL) from None
     version = str(getattr(tensorrt, "__version__", ""))
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
         needed = ".".join(map(str, OLDEST))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engines.backends.base import Precision
-from engines.backends.device import exact_float32
+from engines.backends.device import exact_float32, processors
 
 GEMM_SIZES = (4096, 2048, 1024, 512)
 CONV_CHANNELS, CONV_SIZE_PX, CONV_BATCH = 128, 32, 32
@@ -85,7 +85,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     found = {
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
         "model": _model_of(fields),
-        "processors": len(os.sched_getaffinity(0)),
+        "processors": processors(),
         "flags": [flag for flag in FLAGS if flag in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),

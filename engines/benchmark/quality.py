@@ -8,7 +8,6 @@ for more makes only what is missing. Images are judged as the sampler gives them
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from engines import recipe as recipes
 from engines import store
+from engines.backends.device import processors
 from engines.benchmark.quality_picture import quality_png
 from engines.data.decode import Pixels
 from engines.data.longtail import LongTail
@@ -233,7 +233,7 @@ def bench_quality(
             if stop.requested:
                 raise stop.error(f"{len(results)} of {len(every)} cells are measured and kept in {folder}")
             wanted = dict.fromkeys(classes, each)
-            cell = _cell(folder, RunFolder(run.path, recipe), judge, reference, wanted, workers or _processors(), stop, tell_once)
+            cell = _cell(folder, RunFolder(run.path, recipe), judge, reference, wanted, workers or processors(), stop, tell_once)
             result = cell.stored()
             if result is None:
                 result = {"digest": cell.digest, **cell.make(_named_report(setting, report))}
@@ -438,7 +438,3 @@ def _stopping(report: Report, stop: StopRequest) -> Report:
             raise stop.error("the recognizer was not trained to the end, and starts again")
 
     return hear
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from torch import Tensor
 from engines.backends import choice, gate
 from engines.backends.base import Engine, EngineCard, Precision, example_input
 from engines.backends.choice import Build
-from engines.backends.device import exact_float32
+from engines.backends.device import exact_float32, processors
 from engines.backends.fused import FusedEngine, read_fused
 from engines.backends.torch_engine import TorchEngine, torch_card
 from engines.benchmark import subject
@@ -189,9 +189,8 @@ class Worker:
     def __init__(self, arm: Arm, folder: Path) -> None:
         self.arm, self.folder = arm, folder
         self.device = torch.device(arm.device)
-        processors = len(os.sched_getaffinity(0))
-        self.side_by_side = processors if arm.mode == "throughput" else 1
-        torch.set_num_threads(1 if arm.mode == "throughput" else processors)
+        self.side_by_side = processors() if arm.mode == "throughput" else 1
+        torch.set_num_threads(1 if arm.mode == "throughput" else processors())
         self._before_bytes = peak_memory_bytes()
         self._works: dict[int, list[Work]] = {}
         self._engine: Engine | None = None

@@ -6,12 +6,10 @@ Each runs on one thread, as many at a time as there are processors (on a GPU one
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from engines import store
+from engines.backends.device import one_thread_each, processors
 from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report
 from engines.recipe import RecognizerSection
@@ -55,8 +54,8 @@ def run_cells(cells: Sequence[Cell], device: torch.device, report: Report) -> li
     """
     results = [cell.stored() for cell in cells]
     todo = [i for i, result in enumerate(results) if result is None]
-    workers = 1 if device.type == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with catch_signals() as stop, _one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    workers = 1 if device.type == "cuda" else processors()
+    with catch_signals() as stop, one_thread_each(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
         listener = _Listener(len(cells), len(cells) - len(todo), report, stop)
         listener.tell()
         jobs = {pool.submit(_one_threaded, cells[i].make, listener.of(i)): i for i in todo}
@@ -134,12 +133,3 @@ def _one_threaded(make: Callable[[Report], dict[str, Any]], hear: Report) -> dic
     hear("cell", 0, 1, {})
     torch.set_num_threads(1)  # OpenMP keeps this number per calling thread
     return make(hear)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

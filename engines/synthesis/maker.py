@@ -7,7 +7,6 @@ kernels may round differently from row to row.
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +20,8 @@ from torch import Tensor
 from engines.backends import choice, guided
 from engines.backends.base import Engine, EngineCard, EngineFile, Precision, package_versions, weights_sha256
 from engines.backends.choice import Build
-from engines.backends.device import CPU, OutOfMemory, choose_device, exact_float32, gpu_failures
-from engines.backends.export import onnx_path
+from engines.backends.device import CPU, OutOfMemory, choose_device, exact_float32, gpu_failures, processors
+from engines.backends.export import export_command, onnx_path
 from engines.backends.fused import FusedEngine
 from engines.backends.keys import RUNTIMES, check_card
 from engines.backends.torch_engine import TorchEngine, held_engine
@@ -32,6 +31,7 @@ from engines.diffusion.guidance import ClassGradient, class_gradient, classifier
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import Denoiser, GuidedStep, StepLog, sample
 from engines.diffusion.schedule import Schedule, make_schedule, respace
+from engines.errors import first_line
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
 from engines.recipe import Recipe
@@ -72,7 +72,7 @@ class Maker:
     @property
     def parallel(self) -> int:
         """Batches that had best run side by side: one a processor on a CPU, one on a GPU, which a batch fills by itself."""
-        return 1 if self.device.type == "cuda" else len(os.sched_getaffinity(0))
+        return 1 if self.device.type == "cuda" else processors()
 
     def check_classes(self, wanted: Iterable[int]) -> None:
         """Hold the engine to the class table."""
@@ -143,7 +143,7 @@ class Maker:
 
     @cached_property
     def _noise_threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(min(MOST_NOISE_THREADS, len(os.sched_getaffinity(0))), "noise")
+        return ThreadPoolExecutor(min(MOST_NOISE_THREADS, processors()), "noise")
 
     def _guidance(self, y: Tensor, timed: Callable[[ClassGradient], ClassGradient]) -> Any:
         synth, guide = self.recipe.synth, self.guide
@@ -208,7 +208,7 @@ def _fused_step(
     card, path = engine.card, onnx_path(run, model)
     if device != CPU or card.kind == "torch":
         return None
-    build, command = Build(card.kind, card.precision), _export_command(run, model)
+    build, command = Build(card.kind, card.precision), export_command(run, model)
     way = guided.choose(path, build, run.recipe, card.weights_sha256, guide_sha256, made_with.guided_sha256, command)
     if way.why:
         tell(f"guided step: {way.why}")
@@ -250,7 +250,7 @@ def _engine(run: RunFolder, model: Model, unet: UNet, made_with: MadeWith, tell:
     if synth.engine == "torch":
         place = choose_device(device)
         return _torch_engine(run.recipe, unet.to(place), tell), place
-    path, command, weights = onnx_path(run, model), _export_command(run, model), weights_sha256(unet)
+    path, command, weights = onnx_path(run, model), export_command(run, model), weights_sha256(unet)
 
     def check(file: EngineFile) -> None:
         check_card(file.card, recipe, weights, path, command)
@@ -294,7 +294,7 @@ def _tried_again(drawn: Callable[[], Tensor]) -> Tensor:
             return drawn()
         except (OutOfMemory, torch.OutOfMemoryError) as error:
             raise OutOfMemory(
-                f"the GPU has too little memory for a batch, twice: {str(error).splitlines()[0]}",
+                f"the GPU has too little memory for a batch, twice: {first_line(error)}",
                 "free it, then the same command continues; or --set synth.batch_size=N with a smaller N and another --out DIR",
             ) from error
 
@@ -306,7 +306,3 @@ def denoiser(engine: Engine, y: Tensor, classifier_free_scale: float = 0.0) -> D
         return lambda x, t: engine(x, t)
     null = torch.full_like(y, card.classes - 1)
     return classifier_free(lambda x, t: engine(x, t, y), lambda x, t: engine(x, t, null), classifier_free_scale, card.image_channels)
-
-
-def _export_command(run: RunFolder, model: Model) -> str:
-    return "diffrc export" + (" --model source" if model == "source" else "") + f" --run {run.path}"

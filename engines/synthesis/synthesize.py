@@ -6,7 +6,6 @@ the number of threads changes nothing either. While they draw, the main thread e
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from engines import store
-from engines.backends.device import gpu_failures
+from engines.backends.device import gpu_failures, one_thread_each
 from engines.backends.export import onnx_path
 from engines.data.decode import Pixels
 from engines.data.images import ImageSet
@@ -186,7 +185,7 @@ def make_folder(
     plans.check_folder(folder)
     maker.check_classes(wanted)
     started = time.perf_counter()
-    with store.locked(folder), _one_thread_each():
+    with store.locked(folder), one_thread_each():
         plans.keep_plan(folder, maker.plan)
         shelf = Shelf.open(folder, maker.plan, wanted)
         queue = Queue(shelf, wanted, maker.recipe)
@@ -338,6 +337,7 @@ class _Work:
             self._tell()
         if failures:
             self._write(len(self.writes))
+            self.shelf.list_new()  # what failed may be a batch half of whose images were taken
             raise failures[0]
 
     def _take(self, batch: _Batch, drawn: Sequence[Drawn]) -> None:
@@ -399,17 +399,6 @@ class _Work:
         under_way = sum(int(batch.share * len(batch.images)) for batch in self.running.values())
         figures = {name: float(n) for name, n in (("dropped", self.dropped), ("not finite", self.shelf.not_finite)) if n}
         self.report("synth", min(done + under_way, total), total, figures)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Torch on one thread while batches run side by side: their speed adds up, and no sum depends on a thread count."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _bands(maker: Maker, originals: LongTail | None, wanted: Iterable[int]) -> dict[int, Band]:

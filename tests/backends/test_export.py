@@ -179,9 +179,9 @@ def test_the_psnr_of_a_known_error_is_its_closed_form(exported: Any) -> None:
             abar = exported.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
             return (x - abar.sqrt() * self.offset) / (1 - abar).sqrt()
 
-    psnr = gate.trajectory_psnr_db(Constant(0.02), Constant(0.0), exported.schedule)
-    assert psnr == pytest.approx(40.0, abs=0.01)  # 10 log10(2^2 / 0.02^2)
-    assert gate.trajectory_psnr_db(Constant(0.0), Constant(0.0), exported.schedule) == gate.MAX_PSNR_DB
+    off, black = (gate.trajectory(Constant(offset), exported.schedule, 4) for offset in (0.02, 0.0))
+    assert gate.psnr_db(off, black).tolist() == pytest.approx([40.0] * 4, abs=0.01)  # 10 log10(2^2 / 0.02^2)
+    assert gate.psnr_db(black, black).tolist() == [gate.MAX_PSNR_DB] * 4
 
 
 def test_one_evaluation_is_checked_at_small_middle_and_large_t_and_at_batches_one_two_and_the_largest(exported: Any) -> None:

@@ -358,6 +358,13 @@ def test_a_step_whose_numbers_changed_since_is_refused_when_it_is_loaded(
 # ------------------------------------------------------------------------------------------------------------ the file
 
 
+@pytest.mark.parametrize("field", ["self_test", "self_test_schedule"])
+def test_a_card_without_values_to_hold_the_engine_to_loads_none(field: str, make_fused: Make) -> None:
+    made = make_fused(DDPM)
+    with pytest.raises(ParityError):
+        FusedEngine(made.data, made.card.model_copy(update={field: ()}), "fused.onnx", 1)
+
+
 def test_a_file_is_loaded_with_its_card_and_refused_with_another_or_none(
     make_fused: Make, exported: Any, exported_gradient: Any, tmp_path: Path
 ) -> None:

@@ -247,13 +247,7 @@ def test_a_gradient_that_disagrees_with_torch_is_not_published_and_in_bf16_not_b
 ) -> None:
     required("openvino", precision)
     with_wrong(monkeypatch, WRONG["noise of 1e-2"])
-    bytes_of = gradient.gradient_bytes
-
-    def untested(*arguments: Any) -> Any:
-        data, card = bytes_of(*arguments)
-        return data, card.model_copy(update={"self_test": ()})  # the gate by itself
-
-    monkeypatch.setattr(gradient, "gradient_bytes", untested)
+    monkeypatch.setattr(gradient, "_self_test", lambda *_: None)  # the gate by itself
     path = tmp_path / "engines" / "guide.onnx"
     with pytest.raises(ParityError, match=r"guide\.onnx on openvino fp32 disagrees with torch"):
         export_gradient(exported_gradient.guide, 50, path, ExportSection(max_batch=1), "openvino", precision, data=exported_gradient.data)
@@ -278,6 +272,12 @@ def test_in_bf16_too(wrong: str, exported_gradient: Any, monkeypatch: pytest.Mon
 
 
 # ------------------------------------------------------------------------------------------------------------ the file
+
+
+def test_a_card_without_values_to_hold_the_engine_to_loads_none(exported_gradient: Any) -> None:
+    card = exported_gradient.card.model_copy(update={"self_test": ()})
+    with pytest.raises(ParityError, match="disagrees with torch"):
+        GradientEngine(exported_gradient.data, card, "guide.onnx", 1)
 
 
 def test_a_file_is_loaded_with_its_card_and_refused_with_another_or_none(exported_gradient: Any, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_nothing_is_told_where_there_is_no_choice_and_a_missing_step_is_named(jo
 
 
 def test_ways_are_timed_a_batch_a_processor_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guided.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     monkeypatch.setattr(guided, "TIMED_TURNS", 3)
     at_once, most, lock = [0], [0], threading.Lock()
 
@@ -252,7 +252,7 @@ def test_ways_are_timed_a_batch_a_processor_side_by_side(monkeypatch: pytest.Mon
 
         return work
 
-    slow, fast = guided.ms_per_image((way(0.08), way(0.01)), batch=4)
+    slow, fast = guided.ms_side_by_side((way(0.08), way(0.01)), batch=4)
     assert most[0] == 3
     assert slow > fast
     assert slow >= 80 / 12

@@ -78,7 +78,8 @@ def why(
     typed = {"engine": engine, "precision": precision}
     folder = open_run(run, (*(overrides or ()), *(f"synth.{key}={value}" for key, value in typed.items() if value)))
     model = model or folder.recipe.synth.model
-    verdict, others = inventory.explain(folder, model, plan.made_with(plan.folder_of(folder, model, None)).build)
+    before = plan.made_with(plan.folder_of(folder, model, None))
+    verdict, others = inventory.explain(folder, model, before.build, before.device)
     if json:
         taken = verdict.split(":")[0]
         console.emit_json({"model": model, "taken": taken, "why": verdict, "others": {str(fate.build): fate.why for fate in others}})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from engines.backends import choice
 from engines.backends.base import EngineCard, Kind, Precision, card_path, engine_path, weights_sha256
 from engines.backends.choice import Build
 from engines.backends.device import device_name
-from engines.backends.export import Model, onnx_path
+from engines.backends.export import Model, export_command, onnx_path
 from engines.backends.fused import FusedCard, rules_of
 from engines.backends.gradient import GradientCard
 from engines.backends.keys import check_card, differences, told, wanted
@@ -81,11 +80,11 @@ class Fate(NamedTuple):
     why: str
 
 
-def explain(run: RunFolder, model: Model, made_with: str = "") -> tuple[str, tuple[Fate, ...]]:
+def explain(run: RunFolder, model: Model, made_with: str = "", made_on: str = "") -> tuple[str, tuple[Fate, ...]]:
     """Which engine `synth` takes of a run, as text, and what becomes of every other and why.
 
     Args:
-        made_with: the build, as text, of the images that would be continued.
+        made_with, made_on: the build, as text, and the kind of device of the images that would be continued.
     """
     from engines.training.stages import load_unet  # reads checkpoints, and brings the training with it
 
@@ -93,15 +92,15 @@ def explain(run: RunFolder, model: Model, made_with: str = "") -> tuple[str, tup
     if synth.engine == "torch":
         return "torch: it is named, and needs no export", ()
     asked = choice.builds_of(synth.engine, synth.precision)
-    command = f"diffrc export --run {run.path}" + (" --model source" if model == "source" else "")
+    where = made_on if synth.device == "auto" and made_on else synth.device
     weights = weights_sha256(load_unet(run, model))
 
     def check(file: Any) -> None:
-        check_card(file.card, recipe, weights, path, command)
+        check_card(file.card, recipe, weights, path, export_command(run, model))
 
     taken: Build | None = None
     try:
-        chosen = choice.choose(path, asked, check, made_with, command, synth.device)
+        chosen = choice.choose(path, asked, check, made_with, export_command(run, model), where)
         taken, why = chosen.build, chosen.why.split("; not ")[0]
         verdict = f"{taken}" + (f": {why}" if why else ": it is the only one that was asked for")
     except EngineError as error:
@@ -188,12 +187,12 @@ def _state(
 ) -> tuple[State, str]:
     """Whether an engine may be loaded: its file is the card's, it fits the run, and it can run here."""
     described = card.engine if isinstance(card, PlanCard) else card
+    if file.is_symlink():
+        return "damaged", f"{file.name} is a link"
     try:
         data = file.read_bytes()
     except OSError as error:
         return "damaged", f"cannot read {file.name}: {error.strerror}"
-    if file.is_symlink():
-        return "damaged", f"{file.name} is a link"
     if hashlib.sha256(data).hexdigest() != described.file_sha256:
         return "damaged", f"{file.name} is not the file that its card describes"
     asked, build = _asked(run, model, described, kind, weights), Build(kind, precision)
@@ -240,12 +239,12 @@ def _weights(run: RunFolder) -> Callable[[str], str]:
 def _read(path: Path) -> Card | None:
     """A card of any kind, or None."""
     try:
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = path.read_bytes()
+    except OSError:
         return None
     for kind in (EngineCard, PlanCard, GradientCard, FusedCard):
         try:
-            card: Card = kind.model_validate_json(json.dumps(fields))
+            card: Card = kind.model_validate_json(data)
             return card
         except ValidationError:
             continue

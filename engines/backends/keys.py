@@ -59,7 +59,9 @@ def differences(card: BaseModel, wanted: Mapping[str, Any]) -> tuple[Difference,
         elif isinstance(value, AtLeast):
             if not (isinstance(there, int) and there >= value.least):
                 found.append(Difference(name, str(there), f"at least {value.least}"))
-        elif there != (value.model_dump() if isinstance(value, BaseModel) else value):
+        elif there != (value := value.model_dump() if isinstance(value, BaseModel) else value):
+            if isinstance(there, dict) and isinstance(value, dict):  # of a table, what differs in it
+                there, value = (_told(each, [key for key in value if there.get(key) != value[key]]) for each in (there, value))
             found.append(Difference(name, *(_short(name, each) for each in (there, value))))
     return tuple(found)
 
@@ -134,6 +136,10 @@ def versions_now(packages: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = ""
     return versions
+
+
+def _told(table: Mapping[str, Any], keys: Iterable[str]) -> str:
+    return ", ".join(f"{key} = {table.get(key)}" for key in keys)
 
 
 def _short(field: str, value: object) -> str:

@@ -169,6 +169,11 @@ def test_of_a_largest_batch_more_is_enough_and_of_versions_what_is_not_asked_for
     assert told(found) == "largest batch 64 then, at least 65 now; torch 2.13.0 then, none now; onnx none then, 1.23 now"
 
 
+def test_of_a_table_a_message_tells_what_differs_in_it() -> None:
+    card = Card(**{name: now for name, (now, _) in KEY.items()} | {"rules": {"sampler": "ddpm", "clip": True}})
+    assert told(differences(card, {"rules": {"sampler": "ddim", "clip": True}})) == "rules sampler = ddpm then, sampler = ddim now"
+
+
 @pytest.mark.parametrize("field", PlanBuild.model_fields)
 def test_every_field_of_what_a_plan_was_built_for_counts_alone(field: str) -> None:
     build = PlanBuild(

@@ -151,6 +151,7 @@ class Choice(NamedTuple):
     file: EngineFile
     why: str  # "" where nothing was to be chosen
     device: torch.device = CPU  # where it runs
+    own: str = ""  # of `why`, what is not about the others
 
     @property
     def build(self) -> Build:
@@ -218,10 +219,10 @@ def choose(
         why = f"the fastest when it was exported: {_speed(speeds[taken])} an image and evaluation; {others}"
     else:
         why = f"no other is exported: {command} --engine all" if len(published) == 1 and len(builds) > 1 else ""
-    why += "".join(f"; not {build}: {error.problem}" for build, error in refused)
     taken = _build(best)
-    why += "".join(f"; {note}" for note in notes[taken])
-    return Choice(best, why.removeprefix("; "), places[taken])
+    left_out = [f"not {build}: {error.problem}" for build, error in refused]
+    own, told = ("; ".join(filter(None, (why, *about, *notes[taken]))) for about in ((), left_out))
+    return Choice(best, told, places[taken], own)
 
 
 def _files(network: Path, build: Build) -> tuple[Path, Path]:

@@ -101,8 +101,8 @@ def explain(run: RunFolder, model: Model, made_with: str = "", made_on: str = ""
     taken: Build | None = None
     try:
         chosen = choice.choose(path, asked, check, made_with, export_command(run, model), where)
-        taken, why = chosen.build, chosen.why.split("; not ")[0]
-        verdict = f"{taken}" + (f": {why}" if why else ": it is the only one that was asked for")
+        taken, why = chosen.build, chosen.own
+        verdict = f"{taken}: {why or ('it is the only one that was asked for' if len(asked) == 1 else 'no other can be taken')}"
     except EngineError as error:
         verdict = f"none: {error.problem}; try {error.remedy}"
     fates = []

@@ -84,6 +84,7 @@ def test_what_cannot_run_here_is_left_out_with_its_reason(publish: Any, monkeypa
     path = publish({ONNX: 3.0, BF16: 1.0})
     chosen = choose(path, BUILDS, anything)
     assert (chosen.build, chosen.why) == (ONNX, "not openvino bf16: OpenVINO cannot be imported")
+    assert chosen.own == "", "nothing was to be chosen between"
     with pytest.raises(EngineError, match="OpenVINO cannot be imported"):
         choose(path, builds_of("openvino", "auto"), anything)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from diffrc_cli.bench import batches_of
 from engines.errors import UsageError
 
 Diffrc = Callable[..., subprocess.CompletedProcess[str]]
+Call = Callable[..., Any]  # (code, out, err)
 
 
 def test_batch_sizes_come_in_rising_order_and_once() -> None:
@@ -35,13 +37,14 @@ def test_what_is_no_list_of_batch_sizes_is_refused(text: str) -> None:
         ("", "there is no run in ./runs"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_measured(words: str, problem: str, diffrc: Diffrc, tmp_path: Path) -> None:
-    done = diffrc("bench", *words.split())
-    assert done.returncode == 2
-    assert f"error: {problem}" in done.stderr and "try:" in done.stderr
+def test_a_mistake_is_told_before_anything_is_measured(words: str, problem: str, call_in_empty: Call, tmp_path: Path) -> None:
+    done = call_in_empty("bench", *words.split())
+    assert done.code == 2
+    assert f"error: {problem}" in done.err and "try:" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_as_a_table_and_drawn_and_nothing_else_is_written(exported_run: Path, diffrc: Diffrc, tmp_path: Path) -> None:
     before = sorted(exported_run.rglob("*"))
     words = f"bench --run {exported_run} --quick --turns 1 --batch 2 --engine onnx --threads 1 --chart speed.png"

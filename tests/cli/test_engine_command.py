@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 
-from diffrc_cli.app import main
 from engines import store
 
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Outcome]
+Call = Callable[..., Any]  # (code, out, err)
 ENGINES = Path("runs/digits-lt/engines/onnx")
-
-
-@pytest.fixture
-def call(exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """call("engine", "ls") -> exit code, stdout, stderr, in a folder whose latest run is trained and exported to ONNX Runtime."""
-    shutil.copytree(exported_run, tmp_path / "runs" / "digits-lt")
-    store.write_json(tmp_path / "runs" / "latest.json", {"run": "digits-lt"})
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert isinstance(end.value.code, int)
-        return Outcome(end.value.code, *capsys.readouterr())
-
-    return run
 
 
 def test_ls_is_a_table_of_80_columns_and_with_json_a_line_an_engine(call: Call) -> None:

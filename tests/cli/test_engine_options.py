@@ -9,25 +9,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from diffrc_cli.app import main
 from engines import store
 from engines.backends import choice, export, gate, trt_engine
 from engines.backends.choice import BUILDS, Build
 from engines.errors import EngineError
 
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Outcome]
+Call = Callable[..., Any]  # (code, out, err)
 
 
 def runs(build: Build) -> bool:
@@ -40,23 +32,6 @@ def runs(build: Build) -> bool:
 
 needs_openvino = pytest.mark.skipif(not runs(BUILDS[1]), reason="OpenVINO is not installed")
 needs_bf16 = pytest.mark.skipif(not runs(BUILDS[2]), reason="OpenVINO is not installed, or has no bf16 on this CPU")
-
-
-@pytest.fixture
-def call(exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """call("synth", "--fill") -> exit code, stdout, stderr, in a folder whose latest run is trained and exported to ONNX Runtime."""
-    shutil.copytree(exported_run, tmp_path / "runs" / "digits-lt")
-    store.write_json(tmp_path / "runs" / "latest.json", {"run": "digits-lt"})
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert isinstance(end.value.code, int)
-        return Outcome(end.value.code, *capsys.readouterr())
-
-    return run
 
 
 NINE = ("synth", "--class", "nine", "--n")

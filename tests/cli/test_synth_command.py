@@ -6,38 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 
-from diffrc_cli.app import main
 from engines import store
 
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Outcome]
-
-
-@pytest.fixture
-def call(exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """call("synth", "--fill") -> exit code, stdout, stderr, in a folder whose latest run is trained and exported."""
-    shutil.copytree(exported_run, tmp_path / "runs" / "digits-lt")
-    store.write_json(tmp_path / "runs" / "latest.json", {"run": "digits-lt"})
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert isinstance(end.value.code, int)
-        return Outcome(end.value.code, *capsys.readouterr())
-
-    return run
+Call = Callable[..., Any]  # (code, out, err)
 
 
 def test_synth_makes_images_and_says_where_they_and_the_contact_sheet_lie(call: Call) -> None:

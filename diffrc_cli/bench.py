@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -125,6 +126,8 @@ def _settings(
     settings = QUICK if quick else Settings()
     chosen = choose_device(device)
     have = processors()
+    if threads and not hasattr(os, "sched_setaffinity"):
+        raise UsageError("--threads cannot be held to on this system", "none: all processors are used")
     if threads > have:
         raise UsageError(f"--threads {threads}: this process may use {have} processors", f"--threads {have}, or none")
     if chosen.type == "cuda":

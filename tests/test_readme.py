@@ -96,11 +96,7 @@ def cut_down(words: list[str]) -> list[str]:
     """A command that trains, with a network of a few thousand weights and a few steps; one that measures, with little to measure."""
     if words[1] == "bench":
         return [*words, *(("--n", "14") if "quality" in words else ("--turns", "1", "--engine", "onnx", "--batch", "2"))]
-    photos, digits = (
-        ("data.groups=ranks", "data.group_sizes=[1, 1, 1]"),
-        ("synth.fused=false",),
-    )  # a whole step takes long to export: once
-    settings = [*TINY, *(photos if "photos" in words else digits)]
+    settings = [*TINY, "data.groups=ranks", "data.group_sizes=[1, 1, 1]"] if "photos" in words else list(TINY)
     trains = words[1] in ("train", "run")
     return [*words, *(word for item in settings for word in ("--set", item) if trains)]
 

@@ -33,7 +33,7 @@ from engines.backends.export import file_opset, onnx_bytes, onnx_path
 from engines.backends.gate import limits_of
 from engines.backends.torch_engine import TorchEngine
 from engines.diffusion.schedule import Schedule, make_schedule
-from engines.errors import EngineError, ParityError, UsageError
+from engines.errors import EngineError, NumericsError, ParityError, UsageError
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
 from engines.recipe import Recipe
@@ -230,7 +230,7 @@ def provide_steps(folder: Path, subject: Subject, builds: Sequence[Build], max_b
                 exact = {"precision": "fp32", "tolerance": gradients.limits_of(settings, "fp32").step_error}
                 fused.FusedEngine(data, made.model_copy(update=exact), f"the step in one graph on {build.kind} fp32", batch=max_batch)
             write_graph(folder / STEP, data, made)
-        except (EngineError, ParityError) as error:
+        except (EngineError, ParityError, NumericsError) as error:
             refused[build] = error.problem
     return refused
 

@@ -6,7 +6,7 @@ demo: .venv/.made ; @.venv/bin/diffrc run digits-lt
 test: .venv/.made ; @.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 test-all: .venv/.made ; @.venv/bin/python -m pytest
 check: .venv/.made ; @.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
-bench: .venv/.made ; @.venv/bin/python tests/bench_training.py && .venv/bin/diffrc bench --network small --guided
+bench: .venv/.made ; @.venv/bin/python tests/bench_training.py && .venv/bin/diffrc bench --network small --guided --batch 32 --mode throughput --turns 4
 
 .venv/.made: requirements/core.txt requirements/cpu.txt requirements/test.txt pyproject.toml
 	@echo "making .venv (torch is large: this takes some minutes the first time)"

@@ -263,7 +263,7 @@ class SelectSection(Section):
 class RecognizerSection(Section):
     """The recognizer that says whether synthesis helps (METHOD section 5, LONGTAIL D3)."""
 
-    architecture: Literal["resnet32", "resnet8"] = "resnet32"
+    architecture: Literal["resnet32", "resnet8", "resnet50", "resnext50"] = "resnet32"  # the last two from 64 px
     train_steps: Count = 19_600
     batch_size: Count = 128
     lr: Positive = 0.1
@@ -274,7 +274,16 @@ class RecognizerSection(Section):
     milestones: tuple[Fraction, ...] = (0.8, 0.9)  # of train_steps, for "step"
     decay: Fraction = 0.01
     horizontal_flip: bool = True
-    crop_padding_px: CountOrZero = 4
+    crop: Literal["pad", "resized"] = "pad"  # "pad": padded with black, cut back at random; "resized": a random part at full size
+    crop_padding_px: CountOrZero = 4  # for "pad"
+    crop_min_area: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.08  # for "resized": the least share of the image
+    color_jitter: Fraction = 0.0  # brightness, contrast, saturation times 1 - this to 1 + this, in random order; 0 = none
+    policy: Literal["none", "autoaugment-cifar10", "autoaugment-imagenet", "randaugment"] = "none"  # of operations on an image
+    randaugment_ops: Annotated[int, Field(ge=1, le=14)] = 2  # operations one after another, of the fourteen
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9  # of each; 0 = the image as it is, 30 = the end of its range
+    cutout_px: CountOrZero = 0  # side of a gray square put anywhere, part of it perhaps outside; 0 = none
+    cutout_holes: Annotated[int, Field(ge=1, le=64)] = 1  # such squares an image
+    workers: CountOrZero = 1  # threads that augment the coming batches; they change nothing but the speed
     precision: Literal["fp32", "bf16"] = "fp32"
     synthetic_weight: Fraction = 0.3  # loss weight of a synthetic image beside 1 of a real one
     synthetic_prior: bool = True  # the real counts' log-prior on the logits of real images only
@@ -324,6 +333,7 @@ class Recipe(Section):
             mistakes.append("synth.classifier_free_scale needs unet.class_cond = true")
         if self.synth.compile and self.synth.engine != "torch":
             mistakes.append('synth.compile needs synth.engine = "torch"')
+        mistakes += _recognizer_mistakes(self.recognizer, self.data)
         first, last = self.synth.guidance_interval
         if first > last:
             mistakes.append(f"synth.guidance_interval [{first}, {last}] is empty")
@@ -358,6 +368,19 @@ def _network_mistakes(section: str, network: UNetSection | GuideSection, data: D
                 f"{section}.use_scale_shift_norm = false needs more than {width} channels at {size} px: "
                 "a group norm of one channel a group takes the time embedding out again"
             )
+    return mistakes
+
+
+def _recognizer_mistakes(recognizer: RecognizerSection, data: DataSection) -> list[str]:
+    """A network whose stem is too coarse for the images, a hole that can swallow one whole."""
+    mistakes = []
+    if recognizer.architecture in ("resnet50", "resnext50") and data.image_size_px < 64:
+        mistakes.append(
+            f'recognizer.architecture "{recognizer.architecture}" needs data.image_size_px 64 or more, not {data.image_size_px}: it halves '
+            'an image five times, and at 32 px its last stage would convolve single pixels; "resnet32" is made for these'
+        )
+    if recognizer.cutout_px >= data.image_size_px:
+        mistakes.append(f"recognizer.cutout_px {recognizer.cutout_px} is not smaller than data.image_size_px {data.image_size_px}")
     return mistakes
 
 

@@ -21,6 +21,8 @@ from engines.recipe import MAX_RECIPE_BYTES, Recipe, Section, differences, diges
 
 # Keys that hang together: the generated recipes leave them at their defaults.
 STRUCTURE = {
+    "architecture",
+    "cutout_px",
     "image_size_px",
     "channel_mult",
     "model_channels",

@@ -22,7 +22,7 @@ from engines.diffusion.sampler import sample
 from engines.diffusion.schedule import Schedule, respace
 from engines.errors import ParityError
 from engines.networks.guide import Guide
-from engines.networks.resnet import ResNet
+from engines.networks.resnet import Recognizer
 from engines.recipe import ExportSection
 
 TRAJECTORY_STEPS = 50
@@ -168,7 +168,7 @@ def label_agreement(found: Tensor, expected: Tensor, labeler: Labeler) -> float:
     return float((labels == should_be).double().mean())
 
 
-def recognizer_labeler(recognizer: ResNet) -> Labeler:
+def recognizer_labeler(recognizer: Recognizer) -> Labeler:
     """A trained recognizer, in evaluation mode."""
     return Labeler("recognizer", torch.no_grad()(recognizer))
 

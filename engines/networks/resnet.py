@@ -1,15 +1,17 @@
-"""Recognizers: the classic CIFAR ResNet-32 (He et al. 2016, section 4.2) and a small ResNet-8 for images of 8 px."""
+"""Recognizers of small images, the classic CIFAR ResNet-32 (He et al. 2016, section 4.2) and a ResNet-8 for 8 px, and the table of all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Architecture = Literal["resnet32", "resnet8"]
+from engines.networks.bottleneck import BottleneckResNet, resnet50, resnext50
+
+Architecture = Literal["resnet32", "resnet8", "resnet50", "resnext50"]
 
 
 class ResNet(nn.Module):
@@ -87,7 +89,13 @@ def resnet8(image_channels: int, classes: int, generator: torch.Generator | None
     return ResNet(image_channels, classes, widths=(16, 32, 64), blocks=1, generator=generator)
 
 
-ARCHITECTURES: dict[Architecture, Callable[[int, int, torch.Generator | None], ResNet]] = {"resnet32": resnet32, "resnet8": resnet8}
+Recognizer: TypeAlias = ResNet | BottleneckResNet
+ARCHITECTURES: dict[Architecture, Callable[[int, int, torch.Generator | None], Recognizer]] = {
+    "resnet32": resnet32,
+    "resnet8": resnet8,
+    "resnet50": resnet50,
+    "resnext50": resnext50,
+}
 
 
 def _conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.errors import NumericsError
-from engines.networks.resnet import ARCHITECTURES, ResNet
+from engines.networks.resnet import ARCHITECTURES, Recognizer
 from engines.progress import Report, silent
 from engines.recipe import RecognizerSection
 
@@ -73,7 +73,7 @@ def train_recognizer(
     seed: int,
     device: torch.device | None = None,
     report: Report = silent,
-) -> ResNet:
+) -> Recognizer:
     """Train one recognizer from scratch; the same arguments give the same weights on the same machine.
 
     Args:
@@ -209,19 +209,19 @@ def to_model(pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(model: ResNet, pixels: np.ndarray) -> np.ndarray:
+def predict(model: Recognizer, pixels: np.ndarray) -> np.ndarray:
     """Predicted class of each image: (N, H, W, C) uint8 -> (N,) int64."""
     return np.concatenate([model(x).argmax(1).cpu().numpy() for x in _batches(model, pixels)] or [np.zeros(0, np.int64)])
 
 
 @torch.inference_mode()
-def features(model: ResNet, pixels: np.ndarray) -> np.ndarray:
+def features(model: Recognizer, pixels: np.ndarray) -> np.ndarray:
     """Penultimate features of each image: (N, H, W, C) uint8 -> (N, D) float32."""
     width = model.classifier.in_features
     return np.concatenate([model.features(x).cpu().numpy() for x in _batches(model, pixels)] or [np.zeros((0, width), np.float32)])
 
 
-def _batches(model: ResNet, pixels: np.ndarray) -> Iterator[Tensor]:
+def _batches(model: Recognizer, pixels: np.ndarray) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     for first in range(0, len(pixels), PREDICTION_BATCH):
         part = np.ascontiguousarray(pixels[first : first + PREDICTION_BATCH].transpose(0, 3, 1, 2))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engines.networks.resnet import ARCHITECTURES, BasicBlock, ResNet, resnet8, resnet32
+from engines.networks.resnet import BasicBlock, ResNet, resnet8, resnet32
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -59,7 +59,7 @@ def test_a_shortcut_subsamples_and_pads_with_zero_channels() -> None:
 
 
 def test_the_same_generator_seed_gives_the_same_weights_and_leaves_the_global_one_to_others() -> None:
-    for build in ARCHITECTURES.values():
+    for build in (resnet32, resnet8):
         first = build(3, 10, torch.Generator().manual_seed(4)).state_dict()
         again = build(3, 10, torch.Generator().manual_seed(4)).state_dict()
         other = build(3, 10, torch.Generator().manual_seed(5)).state_dict()

@@ -215,6 +215,13 @@ def predict(model: Recognizer, pixels: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
+def predict_probabilities(model: ResNet, pixels: np.ndarray) -> np.ndarray:
+    """Softmax of the logits, as `predict` decides: (N, H, W, C) uint8 -> (N, K) float32."""
+    classes = model.classifier.out_features
+    return np.concatenate([model(x).softmax(1).cpu().numpy() for x in _batches(model, pixels)] or [np.zeros((0, classes), np.float32)])
+
+
+@torch.inference_mode()
 def features(model: Recognizer, pixels: np.ndarray) -> np.ndarray:
     """Penultimate features of each image: (N, H, W, C) uint8 -> (N, D) float32."""
     width = model.classifier.in_features

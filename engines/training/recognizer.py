@@ -215,7 +215,7 @@ def predict(model: Recognizer, pixels: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def predict_probabilities(model: ResNet, pixels: np.ndarray) -> np.ndarray:
+def predict_probabilities(model: Recognizer, pixels: np.ndarray) -> np.ndarray:
     """Softmax of the logits, as `predict` decides: (N, H, W, C) uint8 -> (N, K) float32."""
     classes = model.classifier.out_features
     return np.concatenate([model(x).softmax(1).cpu().numpy() for x in _batches(model, pixels)] or [np.zeros((0, classes), np.float32)])

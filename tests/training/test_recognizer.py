@@ -19,6 +19,7 @@ from engines.training.recognizer import (
     learning_rate,
     log_priors,
     predict,
+    predict_probabilities,
     real_images,
     train_recognizer,
     weighted_cross_entropy,
@@ -101,6 +102,10 @@ def test_a_recognizer_learns_a_separable_toy_set() -> None:
     model = train_recognizer(real_images(*toy(60)), 3, section(train_steps=60), "cross_entropy", seed=1)
     pixels, labels = toy(90, seed=9)
     assert (predict(model, pixels) == labels).mean() > 0.95
+    probabilities = predict_probabilities(model, pixels)
+    assert (probabilities.shape, probabilities.dtype) == ((len(pixels), int(labels.max()) + 1), np.float32)
+    np.testing.assert_allclose(probabilities.sum(1), 1.0, rtol=1e-5)
+    assert np.array_equal(probabilities.argmax(1), predict(model, pixels))
     assert features(model, pixels).shape == (90, 64)
 
 

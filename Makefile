@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 .PHONY: demo test test-all check bench
 demo: .venv/.made ; @.venv/bin/diffrc run digits-lt
-test: .venv/.made ; @.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+test: .venv/.made ; @.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --max-worker-restart 0
 test-all: .venv/.made ; @.venv/bin/python -m pytest
 check: .venv/.made ; @.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench: .venv/.made ; @.venv/bin/python tests/bench_training.py && .venv/bin/diffrc bench --network small --guided --batch 32 --mode throughput --turns 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,8 @@ class StaticModel:
         self._streams = (streams or processors()) if threads else 1
         self._threads = self._streams * threads or processors()
         check_operators(data, origin)
-        self._core = require_runtime(precision).Core()
+        require_runtime(precision)
+        self._core = _core()
         self._model = self._read(data)
         self.compiled: dict[int, Any] = {}  # by batch size
         self._compiling = threading.Lock()
@@ -160,7 +162,7 @@ def require_runtime(precision: Precision = "fp32") -> Any:
         openvino = _import()
     except ImportError as error:
         raise EngineError(f"OpenVINO cannot be imported: {error}", 'pip install "diffrc[openvino]"') from None
-    core = openvino.Core()
+    core = _core()
     if "CPU" not in core.available_devices:
         raise EngineError("this OpenVINO has no CPU device", 'pip install "diffrc[openvino]"')
     have = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -169,6 +171,14 @@ def require_runtime(precision: Precision = "fp32") -> Any:
     if precision not in HINTS:
         raise EngineError(f"OpenVINO does not run {precision} on a CPU here", "--precision fp32, or bf16 where the CPU has it")
     return openvino
+
+
+@functools.cache
+def _core() -> Any:
+    """The one core of this process, never given up: OpenVINO 2026.4 lets signal handlers run on memory of a core's own, and a thread
+    in which cores came and went is left with that of one that is gone; its next signal, a Ctrl-C say, would end the process.
+    """
+    return _import().Core()
 
 
 def _import() -> Any:

@@ -206,7 +206,7 @@ def test_a_caller_that_breaks_the_contract_meets_an_assertion(in_openvino: Path)
 
 def test_a_cpu_without_bf16_says_so_and_still_runs_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     core = SimpleNamespace(available_devices=["CPU"], get_property=lambda *_: ["FP32", "INT8"])
-    monkeypatch.setattr(openvino_engine, "_import", lambda: SimpleNamespace(Core=lambda: core))
+    monkeypatch.setattr(openvino_engine, "_core", lambda: core)
     require_runtime("fp32")
     with pytest.raises(EngineError, match="no bf16 in OpenVINO, only FP32, INT8") as failure:
         require_runtime("bf16")
@@ -252,3 +252,26 @@ def test_importing_it_reports_to_nobody_and_leaves_nothing_in_the_home_folder(tm
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+SIGNALED = """
+import gc, signal, sys
+from pathlib import Path
+from engines.backends.openvino_engine import OpenVinoEngine
+heard = []
+signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+first, second = (OpenVinoEngine.load(Path(sys.argv[1]), "fp32", threads=1) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+signal.raise_signal(signal.SIGINT)
+assert heard == [signal.SIGINT]
+"""
+
+
+def test_a_signal_is_heard_after_engines_came_and_went(in_openvino: Path) -> None:
+    """OpenVINO gives a thread's signal handlers other memory to run on, and with two cores does not give it back: the process ended."""
+    command = [sys.executable, "-c", SIGNALED, str(in_openvino)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)

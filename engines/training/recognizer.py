@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.data.batches import drawn_ahead
+from engines.data.policies import augment_batch, through_pillow
 from engines.errors import NumericsError
 from engines.networks.resnet import ARCHITECTURES, Recognizer
 from engines.progress import Report, silent
@@ -26,7 +28,7 @@ LOSSES: tuple[Loss, ...] = ("cross_entropy", "balanced_softmax")
 
 PREDICTION_BATCH = 512
 _CHECK_EVERY_STEPS = 50
-_ORDER, _AUGMENTATION = 0, 1  # streams of random numbers under one seed
+_ORDER = 0  # a stream of random numbers under a seed; augmentation has its own
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def train_recognizer(
     real = images.is_extra.logical_not().nonzero().flatten().numpy()  # (N_real,)
     assert len(real), "a recognizer needs real images"
     everything = np.arange(len(images))
-    pixels, labels = images.pixels.to(device), images.labels.to(device)
-    weights, is_extra = images.weights.to(device), images.is_extra.to(device)
+    labels, weights, is_extra = images.labels.to(device), images.weights.to(device), images.is_extra.to(device)
     union_priors = log_priors(images, classes, loss, section.synthetic_prior).to(device)  # (2, K)
     real_priors = log_priors(images, classes, loss, True).to(device)
 
@@ -100,24 +101,28 @@ def train_recognizer(
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
     real_only_from = round(section.train_steps * (1.0 - section.real_only_fraction))
-    for step in range(section.train_steps):
-        on_real = step >= real_only_from
-        index = torch.from_numpy(batch_indices(real if on_real else everything, section.batch_size, seed, step)).to(device)  # (B,)
-        x = to_model(augment(pixels[index], section, seed, step))
-        prior = (real_priors if on_real else union_priors)[is_extra[index].long()]  # (B, K)
-        optimizer.param_groups[0]["lr"] = learning_rate(section, step)
-        optimizer.zero_grad(set_to_none=True)
-        with _precision(section, device):
-            logits = model(x)
-        value = weighted_cross_entropy(logits.float(), labels[index], weights[index], prior)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        figures = {}
-        if step % _CHECK_EVERY_STEPS == 0 or step == section.train_steps - 1:
-            figures["loss"] = float(value.detach())
-            if not np.isfinite(figures["loss"]):
-                raise NumericsError(f"the recognizer's loss is {figures['loss']} at step {step}", "use a smaller recognizer.lr")
-        report("recognizer", step + 1, section.train_steps, figures)
+
+    def indices(step: int) -> np.ndarray:
+        return batch_indices(real if step >= real_only_from else everything, section.batch_size, seed, step)
+
+    with augmented_batches(images.pixels, indices, section, seed, (0, section.train_steps), device) as batches:
+        for step, (index, augmented) in enumerate(batches):
+            x = to_model(augmented)
+            on_real = step >= real_only_from
+            prior = (real_priors if on_real else union_priors)[is_extra[index].long()]  # (B, K)
+            optimizer.param_groups[0]["lr"] = learning_rate(section, step)
+            optimizer.zero_grad(set_to_none=True)
+            with _precision(section, device):
+                logits = model(x)
+            value = weighted_cross_entropy(logits.float(), labels[index], weights[index], prior)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            figures = {}
+            if step % _CHECK_EVERY_STEPS == 0 or step == section.train_steps - 1:
+                figures["loss"] = float(value.detach())
+                if not np.isfinite(figures["loss"]):
+                    raise NumericsError(f"the recognizer's loss is {figures['loss']} at step {step}", "use a smaller recognizer.lr")
+            report("recognizer", step + 1, section.train_steps, figures)
     model.eval()
     return model
 
@@ -185,22 +190,30 @@ def batch_indices(members: np.ndarray, batch_size: int, seed: int, step: int) ->
     return chosen
 
 
-def augment(pixels: Tensor, section: RecognizerSection, seed: int, step: int) -> Tensor:
-    """Random crop of the black-padded image, random horizontal flip where the recipe says so: (B, C, H, W) uint8 -> the same."""
-    count, _, height, width = pixels.shape
-    random = np.random.default_rng([seed, _AUGMENTATION, step])
-    pad = section.crop_padding_px
-    if pad:
-        top, left = (torch.from_numpy(random.integers(0, 2 * pad + 1, count)).to(pixels.device) for _ in range(2))  # (B,)
-        rows = top[:, None] + torch.arange(height, device=pixels.device)  # (B, H)
-        columns = left[:, None] + torch.arange(width, device=pixels.device)  # (B, W)
-        padded = F.pad(pixels, (pad, pad, pad, pad))
-        which = torch.arange(count, device=pixels.device)[:, None, None]
-        pixels = padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
-    if section.horizontal_flip:
-        flip = torch.from_numpy(random.random(count) < 0.5).to(pixels.device)
-        pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
-    return pixels
+@contextlib.contextmanager
+def augmented_batches(
+    pixels: Tensor,
+    indices: Callable[[int], np.ndarray],
+    section: RecognizerSection,
+    seed: int,
+    steps: tuple[int, int],
+    device: torch.device,
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Which images each step from steps[0] to before steps[1] sees, (B,) int64, and these augmented, (B, C, H, W) uint8, on the device.
+
+    Args:
+        pixels: (N, C, H, W) uint8; they stay on the CPU, and threads augment the coming batches, where Pillow has a part in it.
+        indices: the images of a step, (B,) below N; a pure function of the step.
+    """
+    ahead = through_pillow(section)
+    pixels = pixels if ahead else pixels.to(device)
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        index = torch.from_numpy(indices(step))  # (B,)
+        return index, augment_batch(pixels[index.to(pixels.device)], section, seed, step)
+
+    with drawn_ahead(draw, *steps, section.workers if ahead else 0) as drawn:
+        yield ((index.to(device), augmented.to(device)) for index, augmented in drawn)
 
 
 def to_model(pixels: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from engines.errors import NumericsError
 from engines.recipe import RecognizerSection
 from engines.training.recognizer import (
     TrainingImages,
-    augment,
     batch_indices,
     features,
     learning_rate,
@@ -149,25 +148,10 @@ def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
     assert (batch_indices(members, 8, seed=1, step=40) == late).all()
 
 
-def test_an_augmented_image_is_a_shifted_one_bordered_with_black() -> None:
-    pixels = torch.randint(1, 255, (64, 3, 8, 8), dtype=torch.uint8)
-    shifted = augment(pixels, section(crop_padding_px=2), seed=0, step=0)
-    padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
-    places = set()
-    for before, after in zip(padded, shifted, strict=True):
-        fits = [(i, j) for i in range(5) for j in range(5) if torch.equal(before[:, i : i + 8, j : j + 8], after)]
-        assert len(fits) == 1
-        places.update(fits)
-    assert len(places) > 15
-
-
-def test_a_flip_is_the_recipe_s_choice_and_takes_about_half_of_the_images() -> None:
-    pixels = torch.randint(0, 255, (200, 1, 4, 4), dtype=torch.uint8)
-    assert torch.equal(augment(pixels, section(crop_padding_px=0), 0, 0), pixels)
-    flipped = augment(pixels, section(crop_padding_px=0, horizontal_flip=True), 0, 0)
-    kept, turned = (flipped == pixels).flatten(1).all(1), (flipped == pixels.flip(3)).flatten(1).all(1)
-    assert (kept | turned).all()
-    assert 70 < turned.sum() < 130
+def test_threads_that_augment_ahead_change_nothing() -> None:
+    images = real_images(*toy(60))
+    policy = {"policy": "randaugment", "train_steps": 6}
+    assert same(weights_of(images, **policy, workers=0), weights_of(images, **policy, workers=2))
 
 
 def test_the_learning_rate_warms_up_and_then_falls_as_the_recipe_says() -> None:

@@ -23,6 +23,7 @@ CIFAR_LT = {  # data set, imbalance -> images, as published with the data sets
     ("cifar100", 10): 19_573,
 }
 FAST = ("digits-lt", "cifar10-lt-100")  # recipes with a neighbor of few steps
+STRONG = ("cifar10-lt-100", "cifar100-lt-100")  # and with one of strongly augmented recognizers
 
 
 def recipe_of(name: str) -> Recipe:
@@ -31,7 +32,8 @@ def recipe_of(name: str) -> Recipe:
 
 def test_the_recipes_of_the_project_are_all_there() -> None:
     cifar = {f"{data}-lt-{imbalance}" for data, imbalance in CIFAR_LT}
-    assert set(embedded()) == {"digits-lt", "imagenet-lt-64", "imagenet-lt-256", "folder"} | cifar | {f"{name}-fast" for name in FAST}
+    neighbors = {f"{name}-fast" for name in FAST} | {f"{name}-strong" for name in STRONG}
+    assert set(embedded()) == {"digits-lt", "imagenet-lt-64", "imagenet-lt-256", "folder"} | cifar | neighbors
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -113,6 +115,27 @@ def test_a_fast_recipe_is_its_neighbor_with_another_sampler_steps_and_scale(name
     assert {"name", "synth.sampler", "synth.steps"} <= differing <= {"name", "synth.sampler", "synth.steps", "synth.guidance_scale"}
     assert fast.synth.steps in range(10, 51)
     assert fast.synth.sampler == "dpmpp_2m"
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_a_strong_recipe_is_its_neighbor_with_other_recognizers_of_200_epochs(name: str) -> None:
+    usual, strong = recipe_of(name), recipe_of(f"{name}-strong")
+    differing = {key for key, _, _ in differences(usual, strong)} - {"name"}
+    assert differing and all(key.startswith("recognizer.") for key in differing)
+    images = CIFAR_LT[("cifar10" if name.startswith("cifar10-") else "cifar100"), 100]
+    settings = strong.recognizer
+    assert settings.train_steps == 200 * images // settings.batch_size
+    assert settings.warmup_steps == 5 * images // settings.batch_size
+    assert (settings.policy, settings.cutout_px, settings.weight_decay) == ("autoaugment-cifar10", 16, 5e-4)
+
+
+@pytest.mark.parametrize("name", ["imagenet-lt-64", "imagenet-lt-256"])
+def test_the_recognizers_of_imagenet_lt_are_the_papers(name: str) -> None:
+    settings = recipe_of(name).recognizer
+    assert settings.train_steps == 90 * 115_846 // 512  # 90 epochs
+    assert f"200 are {200 * 115_846 // 512}" in embedded()[name].read_text(encoding="utf-8")
+    assert (settings.architecture, settings.batch_size, settings.lr, settings.weight_decay) == ("resnext50", 512, 0.2, 5e-4)
+    assert (settings.schedule, settings.warmup_steps, settings.color_jitter) == ("cosine", 0, 0.4)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in FILES if not path.stem.startswith("digits-lt")])

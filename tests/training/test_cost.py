@@ -128,7 +128,7 @@ def images_to_make(recipe: Recipe) -> int:
 def test_a_recipes_cost_line_is_the_estimate_within_a_quarter(name: str) -> None:
     text, recipe = text_of(name), load(text_of(name))
     of_cifar = name.startswith("cifar") and not name.endswith("-fast")
-    counted = cost_of_name("cifar10-lt-100" if of_cifar else name)  # the six differ in data and recognizer alone, below
+    counted = cost_of_name("cifar10-lt-100" if of_cifar else name)  # these differ in data and recognizer alone, below
     images = images_to_make(recipe) if recipe.data.source in LARGEST_CLASS else 0
     told = re.search(r"^# Cost: (\d+) to (\d+) GPU hours \(one A100, estimated\)", text, re.MULTILINE)
     assert told, "the Cost line says from how many GPU hours to how many"

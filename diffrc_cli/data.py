@@ -1,4 +1,4 @@
-"""`diffrc data show | classes`: the long tail that a recipe cuts out of a data set, before anything is trained on it."""
+"""`diffrc data show | classes | export`: the long tail that a recipe cuts out of a data set, and what is shared of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffrc_cli import console
+from diffrc_cli import console, data_export
 from diffrc_cli.options import DataOption, JsonOption, RecipeOption, RunOption, SetOption
 from diffrc_cli.recipe import resolve
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COUNTS_SHOWN = 100  # of more classes only the first and last counts are printed
 SIZES_SHOWN = 5
 
-app = typer.Typer(no_args_is_help=True, help="Data: what a recipe makes of a data set.")
+app = typer.Typer(no_args_is_help=True, help="Data: what a recipe makes of a data set, and the balanced one for other tools.")
 
 
 @app.command()
@@ -67,6 +67,9 @@ def classes(
         console.emit_json([{"id": k, "name": name, "images": count, "group": group} for k, name, count, group in rows])
         return
     console.table("", ("id", "class", "images", "group"), rows)
+
+
+app.command("export")(data_export.export)
 
 
 def _table_of_run(path: Any) -> dict[str, Any] | None:

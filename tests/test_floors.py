@@ -15,10 +15,12 @@ FLOORS = (  # the longest name that a module's own begins with decides
     (
         "engines.synthesis",
         "engines.evaluation",
+        "engines.sharing",
         "engines.training",
         "engines.backends.export",
         "engines.backends.inventory",
         "engines.benchmark",
+        "engines.study",
     ),
     ("diffrc_cli",),
 )

@@ -58,7 +58,7 @@ def is_write(call: ast.Call) -> bool:
         return given is not None and not (
             isinstance(given, ast.Constant) and isinstance(given.value, str) and not set(given.value) & set("wax+")
         )
-    if name == "save":  # an image may be encoded to memory
+    if name in ("save", "ParquetWriter"):  # an image or a table may be encoded to memory
         return not (call.args and ast.unparse(call.args[0]) in ("buffer", "stream"))
     return name in WRITERS and bool(owner or name in FUNCTIONS)
 
@@ -84,6 +84,7 @@ def test_nothing_but_the_store_writes_files(path: Path) -> None:
         "os.rename(a, b)",
         "shutil.rmtree(a)",
         "zipfile.ZipFile(path, 'w')",
+        "pq.ParquetWriter(path, schema)",
     ],
 )
 def test_a_write_of_any_kind_is_found(line: str) -> None:

@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
@@ -28,6 +28,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def _steps(value: object) -> int | str:
@@ -260,8 +261,43 @@ class SelectSection(Section):
     copy_share: Fraction = 0.01  # of the images of a class that may be copies before a warning is given
 
 
+Method = Literal[
+    "cross_entropy",
+    "balanced_softmax",
+    "logit_adjustment",
+    "class_balanced",
+    "ldam_drw",
+    "mixup",
+    "remix",
+    "crt",
+    "lws",
+    "tau_norm",
+    "mislas",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+METHOD_TITLES: dict[Method, str] = {
+    "cross_entropy": "cross-entropy",
+    "balanced_softmax": "balanced softmax",
+    "logit_adjustment": "logit adjustment",
+    "class_balanced": "class-balanced weights",
+    "ldam_drw": "LDAM-DRW",
+    "mixup": "mixup",
+    "remix": "Remix",
+    "crt": "cRT",
+    "lws": "LWS",
+    "tau_norm": "tau-normalization",
+    "mislas": "MiSLAS",
+}
+
+
+def _methods(value: tuple[Method, ...]) -> tuple[Method, ...]:
+    if len(set(value)) < len(value) or not {"cross_entropy", "balanced_softmax"} <= set(value):
+        raise ValueError('should hold "cross_entropy" and "balanced_softmax", with which the others are compared, and none twice')
+    return value
+
+
 class RecognizerSection(Section):
-    """The recognizer that says whether synthesis helps (METHOD section 5, LONGTAIL D3)."""
+    """The recognizer that says whether synthesis helps (METHOD section 5, LONGTAIL C and D3)."""
 
     architecture: Literal["resnet32", "resnet8", "resnet50", "resnext50"] = "resnet32"  # the last two from 64 px
     train_steps: Count = 19_600
@@ -289,6 +325,24 @@ class RecognizerSection(Section):
     synthetic_prior: bool = True  # the real counts' log-prior on the logits of real images only
     real_only_fraction: Fraction = 0.0  # last share of the steps on real images alone
     seeds: Count = 3
+    methods: Annotated[tuple[Method, ...], AfterValidator(_methods)] = ("cross_entropy", "balanced_softmax")  # that `evaluate` trains
+    save_every_steps: CountOrZero = 0  # a checkpoint, from which an interrupted training goes on; 0 = none
+    logit_adjustment_tau: Positive = 1.0  # tau log pi on the logits; 1 = balanced softmax
+    class_balanced_beta: BelowOne = 0.9999  # weights (1 - beta) / (1 - beta^N_k)
+    ldam_max_margin: NonNegative = 0.5  # margin of the rarest class, in cosines
+    ldam_scale: Positive = 30.0  # s of the logits s cos(w_k, f)
+    ldam_drw_from: Fraction = 0.8  # share of train_steps after which classes are weighted: epoch 160 of 200
+    ldam_drw_beta: BelowOne = 0.9999  # their weights, as class_balanced_beta
+    mixup_alpha: Positive = 1.0  # lam ~ Beta(alpha, alpha); for mixup, remix and mislas
+    remix_kappa: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0  # N_i / N_j from which the rarer class may take the label
+    remix_tau: Fraction = 0.5  # and only where the other image's share is below this
+    second_stage_steps: Count = 970  # of crt, lws and mislas, after train_steps: 10 epochs of CIFAR-10-LT at imbalance 100
+    second_stage_lr: Positive = 0.1  # at its start, then cosine to 0
+    tau_norm_holdout: Fraction = 0.1  # of each class's real images, not trained on, that choose tau
+    mislas_smoothing_head: Fraction = 0.3  # eps_1; 0.4 for CIFAR-100-LT
+    mislas_smoothing_tail: Fraction = 0.0  # eps_K; 0.1 for CIFAR-100-LT
+    mislas_classifier_lr: Fraction = 0.5  # of second_stage_lr, for the classifier; its scales have all of it. 0.2 for CIFAR-100-LT
+    mislas_shift_batch_norm: bool = False  # means and variances taken anew from the balanced draws; true for CIFAR-100-LT
 
 
 class Recipe(Section):

@@ -76,6 +76,24 @@ class BasicBlock(nn.Module):
         return F.relu(h + shortcut)
 
 
+class NormalizedLinear(nn.Linear):
+    """Logits scale * cos(w_k, f), without a bias: the classifier of LDAM (Cao et al. 2019): (B, D) -> (B, K).
+
+    Args:
+        linear: whose weights it starts from.
+        scale: s, so that the logits lie in [-s, s].
+    """
+
+    def __init__(self, linear: nn.Linear, scale: float) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = scale
+        with torch.no_grad():
+            self.weight.copy_(linear.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
 def resnet32(image_channels: int, classes: int, generator: torch.Generator | None = None) -> ResNet:
     """The classic one, 16/32/64 wide, 31 convolutions: 464,154 parameters for RGB and 10 classes."""
     return ResNet(image_channels, classes, widths=(16, 32, 64), blocks=5, generator=generator)

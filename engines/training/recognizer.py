@@ -1,6 +1,8 @@
-"""The recognizer that says whether synthesis helps: cross-entropy and balanced softmax over real and extra images (METHOD section 5).
+"""Recognizers: the networks that say whether synthesis helps, trained in eleven ways of the long-tailed literature (METHOD section 5).
 
-A batch is a pure function of (seed, step): epochs over the union of real and extra images, as over one concatenated folder.
+Every way trains the same network on the same batches: what is random is a pure function of (seed, step). A first stage sees epochs over
+the union of real and extra images, as over one concatenated folder; some ways mend the classifier in a second one. The formulas
+are in `rebalance`, `mixing` and `second_stage`, the loop in `descent`.
 """
 
 from __future__ import annotations
@@ -9,26 +11,39 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.data.batches import drawn_ahead
 from engines.data.policies import augment_batch, through_pillow
-from engines.errors import NumericsError
-from engines.networks.resnet import ARCHITECTURES, Recognizer
+from engines.networks.resnet import ARCHITECTURES, NormalizedLinear, Recognizer
 from engines.progress import Report, silent
+from engines.recipe import METHODS as METHODS
+from engines.recipe import Method as Method
 from engines.recipe import RecognizerSection
+from engines.training import holdout
+from engines.training.descent import Batches, Stage, descend
+from engines.training.mixing import draw_mixture, remix_shares
+from engines.training.rebalance import (
+    Rebalancing,
+    class_counts,
+    margin_offsets,
+    rebalancing,
+    smoothed_targets,
+    soft_cross_entropy,
+    weighted_cross_entropy,
+)
+from engines.training.second_stage import ScaledLinear, balanced_indices, best_tau, fresh_classifier, tau_normalized
 
-Loss = Literal["cross_entropy", "balanced_softmax"]
-LOSSES: tuple[Loss, ...] = ("cross_entropy", "balanced_softmax")
-
+Loss = Method
+LOSSES: tuple[Method, ...] = ("cross_entropy", "balanced_softmax")
+MIXED: tuple[Method, ...] = ("mixup", "remix", "mislas")  # first stage on pairs of images
+TWO_STAGES: tuple[Method, ...] = ("crt", "lws", "mislas")  # a second one on a frozen backbone
 PREDICTION_BATCH = 512
-_CHECK_EVERY_STEPS = 50
-_ORDER = 0  # a stream of random numbers under a seed; augmentation has its own
+_ORDER, _MIXING, _BALANCED = 0, 2, 3  # streams of random numbers under a seed; augmentation has its own
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,16 @@ class TrainingImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def subset(self, index: np.ndarray) -> TrainingImages:
+        """Some of them: index (M,) below N."""
+        at = torch.from_numpy(index)
+        return TrainingImages(self.pixels[at], self.labels[at], self.weights[at], self.is_extra[at])
+
+    def class_counts(self, classes: int) -> tuple[Tensor, Tensor]:
+        """Images a class, each counted by its weight, (K,) float32 each: the real ones, and all together."""
+        real = torch.where(self.is_extra, 0.0, self.weights)
+        return class_counts(self.labels, real, classes), class_counts(self.labels, self.weights, classes)
 
     def add(self, pixels: np.ndarray, labels: np.ndarray, weight: float = 1.0, is_extra: bool = True) -> TrainingImages:
         """These images and more: pixels (M, H, W, C) uint8, labels (M,), one loss weight for all. Weight 0 adds nothing."""
@@ -71,99 +96,159 @@ def train_recognizer(
     images: TrainingImages,
     classes: int,
     section: RecognizerSection,
-    loss: Loss,
+    method: Method,
     seed: int,
     device: torch.device | None = None,
     report: Report = silent,
+    checkpoint: Path | None = None,
 ) -> Recognizer:
     """Train one recognizer from scratch; the same arguments give the same weights on the same machine.
+
+    What a method does with extra images is said at `rebalancing` (its tables), `draw_mixture` (pairs), `second_stage` (draws) and
+    `_tau_normalization` (none are held out).
 
     Args:
         images: at least one image of weight above 0 that is not extra.
         classes: K.
-        seed: of the weights, the order of the images and their augmentation; one number for all losses and image sets, so
+        seed: of the weights, the order of the images and their augmentation; one number for all methods and image sets, so
             that two recognizers can be compared pair by pair.
         report: hears "recognizer" after every step, with the loss every 50.
+        checkpoint: a file of `descend`, of the same arguments: training goes on from there, and on a CPU ends bit-equal. It is
+            left when the training is done; `section.save_every_steps` = 0 writes none.
 
-    Returns: the network, in evaluation mode.
-    Raises: NumericsError where the loss is no longer finite.
+    Returns: the network, in evaluation mode; its `classifier` gives the logits that the method trained (LDAM's are scaled cosines).
+    Raises: NumericsError where the loss is no longer finite, DataError for a checkpoint that does not fit, StorageError.
     """
+    assert bool(images.is_extra.logical_not().any()), "a recognizer needs real images"
     device = device or torch.device("cpu")
-    real = images.is_extra.logical_not().nonzero().flatten().numpy()  # (N_real,)
-    assert len(real), "a recognizer needs real images"
-    everything = np.arange(len(images))
-    labels, weights, is_extra = images.labels.to(device), images.weights.to(device), images.is_extra.to(device)
-    union_priors = log_priors(images, classes, loss, section.synthetic_prior).to(device)  # (2, K)
-    real_priors = log_priors(images, classes, loss, True).to(device)
+    held = _held_out(images, classes, section, seed) if method == "tau_norm" else np.zeros(0, np.int64)
+    trained = images.subset(np.setdiff1d(np.arange(len(images)), held)) if len(held) else images
 
     model = ARCHITECTURES[section.architecture](images.pixels.shape[1], classes, torch.Generator().manual_seed(seed))
+    if method == "ldam_drw":
+        model.classifier = NormalizedLinear(model.classifier, section.ldam_scale)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
+    stages = [first_stage(model, trained, classes, section, method, seed, device)]
+    if method in TWO_STAGES:
+        stages.append(second_stage(model, trained, classes, section, method, seed, device))
+    descend(model, stages, section, checkpoint, report)
+
+    model.eval()
+    if isinstance(model.classifier, ScaledLinear):
+        model.classifier = model.classifier.folded()
+    if method == "tau_norm":
+        model.classifier = tau_normalized(model.classifier, _chosen_tau(model, images.subset(held)))
+    return model
+
+
+def first_stage(
+    model: Recognizer, images: TrainingImages, classes: int, section: RecognizerSection, method: Method, seed: int, device: torch.device
+) -> Stage:
+    """All weights, on epochs over all images and at last on real ones alone, with the method's priors, weights, margins or pairs."""
+    real = images.is_extra.logical_not().nonzero().flatten().numpy()  # (N_real,)
+    everything = np.arange(len(images))
     real_only_from = round(section.train_steps * (1.0 - section.real_only_fraction))
+    late_from = round(section.train_steps * section.ldam_drw_from)
+    labels, weights, is_extra = images.labels.to(device), images.weights.to(device), images.is_extra.to(device)
+
+    @functools.cache
+    def tables(on_real: bool, late: bool) -> Rebalancing:
+        own_law = on_real or section.synthetic_prior
+        return rebalancing(*images.class_counts(classes), section, method, own_law, late).to(device)
+
+    def begin() -> dict[str, float]:
+        model.train()
+        return dict.fromkeys(dict(model.named_parameters()), 1.0)
 
     def indices(step: int) -> np.ndarray:
         return batch_indices(real if step >= real_only_from else everything, section.batch_size, seed, step)
 
-    with augmented_batches(images.pixels, indices, section, seed, (0, section.train_steps), device) as batches:
-        for step, (index, augmented) in enumerate(batches):
-            x = to_model(augmented)
-            on_real = step >= real_only_from
-            prior = (real_priors if on_real else union_priors)[is_extra[index].long()]  # (B, K)
-            optimizer.param_groups[0]["lr"] = learning_rate(section, step)
-            optimizer.zero_grad(set_to_none=True)
-            with _precision(section, device):
-                logits = model(x)
-            value = weighted_cross_entropy(logits.float(), labels[index], weights[index], prior)
-            value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            figures = {}
-            if step % _CHECK_EVERY_STEPS == 0 or step == section.train_steps - 1:
-                figures["loss"] = float(value.detach())
-                if not np.isfinite(figures["loss"]):
-                    raise NumericsError(f"the recognizer's loss is {figures['loss']} at step {step}", "use a smaller recognizer.lr")
-            report("recognizer", step + 1, section.train_steps, figures)
-    model.eval()
-    return model
+    def loss(step: int, index: Tensor, pixels: Tensor) -> Tensor:
+        table = tables(step >= real_only_from, step >= late_from)
+        x, y, w, source = to_model(pixels), labels[index], weights[index], is_extra[index].long()
+        if method in MIXED:
+            mixture = draw_mixture(is_extra[index], section.mixup_alpha, np.random.default_rng([seed, _MIXING, step]))
+            j = mixture.partner
+            counts = table.counts[source, y]  # (B,); a partner is of the same source
+            kappa = section.remix_kappa if method == "remix" else np.inf
+            share = remix_shares(mixture.share, counts, counts[j], kappa, section.remix_tau)
+            z = _logits(model, mixture.images(x).contiguous(memory_format=torch.channels_last), section)
+            shared = torch.cat([share * w, (1.0 - share) * w[j]])  # (2 B,): each mixed image once under either label
+            return weighted_cross_entropy(torch.cat([z, z]), torch.cat([y, y[j]]), shared, z.new_zeros(()))
+        prior = table.log_prior[source]  # (B, K)
+        if method == "ldam_drw":
+            prior = prior + margin_offsets(y, table.margin[source, y], section.ldam_scale, classes)
+        return weighted_cross_entropy(_logits(model, x, section), y, w * table.class_weight[source, y], prior)
+
+    def batches(first: int) -> Batches:
+        return augmented_batches(images.pixels, indices, section, seed, (first, section.train_steps), device)
+
+    return Stage(section.train_steps, begin, functools.partial(learning_rate, section), batches, loss)
 
 
-def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, log_prior: Tensor) -> Tensor:
-    """Cross-entropy under a prior, one weight an image.
+def second_stage(
+    model: Recognizer, images: TrainingImages, classes: int, section: RecognizerSection, method: Method, seed: int, device: torch.device
+) -> Stage:
+    """The classifier alone, on class-balanced draws: a fresh one (cRT), scales of the old one (LWS), or old one and scales (MiSLAS).
 
-        L = sum over i of  w_i * -log softmax(z_i + log_prior_i)[y_i]  /  sum over i of w_i
-
-    With log_prior = 0 this is cross-entropy. With log_prior = log pi it is balanced softmax (Ren et al. 2020),
-
-        -log( N_y exp z_y / sum_k N_k exp z_k ),
-
-    whose prior is part of the loss and not of the network: z alone predicts as if the classes were balanced.
-
-    Args:
-        logits: z, (B, K) float32.
-        labels: y, (B,) int64.
-        weights: w, (B,), not all 0.
-        log_prior: (B, K) or (K,); -inf where a class cannot occur.
-
-    Returns: scalar, nats.
+    The backbone stays bit-equal, as in evaluation, but for the running means and variances that MiSLAS may shift. Extra images fill
+    up their classes: one is drawn as often as its weight says, beside 1 of a real image. Where the first stage ends on real images
+    alone (`real_only_fraction` above 0), the second, which comes after that, sees no others.
     """
-    losses = F.cross_entropy(logits + log_prior, labels, reduction="none")  # (B,)
-    return (weights * losses).sum() / weights.sum()
+    steps, after = section.second_stage_steps, section.train_steps
+    members = np.arange(len(images)) if not section.real_only_fraction else images.is_extra.logical_not().nonzero().flatten().numpy()
+    drawn_labels, drawn_weights = images.labels.numpy()[members], images.weights.numpy()[members]
+    labels, source = images.labels.to(device), images.is_extra.to(device).long()
+    smoothing = rebalancing(*images.class_counts(classes), section, method, section.synthetic_prior, True).smoothing.to(device)  # (2, K)
+    shifts = method == "mislas" and section.mislas_shift_batch_norm
+
+    def begin() -> dict[str, float]:
+        model.eval()
+        for module in model.modules():
+            module.training = shifts and isinstance(module, nn.BatchNorm2d)
+        if method == "crt":
+            model.classifier = fresh_classifier(model.classifier, torch.Generator().manual_seed(seed)).to(device)
+            return {"classifier.weight": 1.0, "classifier.bias": 1.0}
+        model.classifier = ScaledLinear(model.classifier).to(device)
+        slower = {"classifier.weight": section.mislas_classifier_lr, "classifier.bias": section.mislas_classifier_lr}
+        return {"classifier.scale": 1.0, **(slower if method == "mislas" else {})}
+
+    def indices(step: int) -> np.ndarray:
+        random = np.random.default_rng([seed, _BALANCED, step])
+        return members[balanced_indices(drawn_labels, drawn_weights, section.batch_size, random)]
+
+    def loss(step: int, index: Tensor, pixels: Tensor) -> Tensor:
+        with torch.no_grad(), _precision(section, pixels.device):
+            f = model.features(to_model(pixels))
+        z, y = model.classifier(f.float()), labels[index]
+        return soft_cross_entropy(z, smoothed_targets(y, smoothing[source[index], y], classes))
+
+    def batches(first: int) -> Batches:
+        return augmented_batches(images.pixels, indices, section, seed, (after + first, after + steps), device)
+
+    def rate(step: int) -> float:
+        return float(section.second_stage_lr * 0.5 * (1.0 + np.cos(np.pi * step / steps)))
+
+    return Stage(steps, begin, rate, batches, loss)
 
 
-def log_priors(images: TrainingImages, classes: int, loss: Loss, real_only: bool) -> Tensor:
-    """What is added to the logits of a real image (row 0) and of an extra image (row 1): (2, K).
+def _held_out(images: TrainingImages, classes: int, section: RecognizerSection, seed: int) -> np.ndarray:
+    """Real training images that choose tau: `tau_norm_holdout` of each class, but never one of a class's last three, nor extra ones."""
+    real = images.is_extra.logical_not().nonzero().flatten().numpy()
+    held: np.ndarray = real[holdout.split(images.labels.numpy()[real], np.arange(classes), section.tau_norm_holdout, seed)]
+    return held
 
-    cross_entropy: nothing.
-    balanced_softmax, real_only: log pi of the real counts for real images and nothing for extra ones. Each source keeps its
-        own law: extra images fill what is rare, so they must not undo the prior of the real ones.
-    balanced_softmax, not real_only: log pi of all images for all images, an extra image counted by its loss weight.
-    """
-    priors = torch.zeros(2, classes)
-    if loss == "balanced_softmax":
-        counted = torch.where(images.is_extra, 0.0, images.weights) if real_only else images.weights
-        counts = torch.zeros(classes).index_add(0, images.labels, counted)  # (K,)
-        priors[: 1 if real_only else 2] = (counts / counts.sum()).log()
-    return priors
+
+def _chosen_tau(model: Recognizer, held: TrainingImages) -> float:
+    device = model.classifier.weight.device
+    f = torch.from_numpy(features(model, held.pixels.permute(0, 2, 3, 1).numpy()))
+    return best_tau(model.classifier, f.to(device), held.labels.to(device))
+
+
+def _logits(model: Recognizer, x: Tensor, section: RecognizerSection) -> Tensor:
+    with _precision(section, x.device):
+        logits: Tensor = model(x)
+    return logits.float()
 
 
 def learning_rate(section: RecognizerSection, step: int) -> float:

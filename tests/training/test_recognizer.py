@@ -1,27 +1,29 @@
-"""Recognizer training: its losses by hand, its batches as pure functions, and that it learns."""
+"""Recognizer training: its batches as pure functions, that it learns in every way of the literature, and that it can be interrupted."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engines.errors import NumericsError
-from engines.recipe import RecognizerSection
+from engines.errors import DataError, NumericsError
+from engines.progress import Report
+from engines.recipe import METHODS, Method, RecognizerSection
 from engines.training.recognizer import (
+    TWO_STAGES,
     TrainingImages,
+    _held_out,
     batch_indices,
     features,
     learning_rate,
-    log_priors,
     predict,
     predict_probabilities,
     real_images,
     train_recognizer,
-    weighted_cross_entropy,
 )
 
 
@@ -47,54 +49,12 @@ def toy(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return pixels, labels
 
 
-def weights_of(images: TrainingImages, seed: int = 0, loss: Any = "cross_entropy", **changes: Any) -> dict[str, torch.Tensor]:
-    return train_recognizer(images, 3, section(**changes), loss, seed).state_dict()
+def weights_of(images: TrainingImages, seed: int = 0, method: Any = "cross_entropy", **changes: Any) -> dict[str, torch.Tensor]:
+    return train_recognizer(images, 3, section(**changes), method, seed).state_dict()
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_balanced_softmax_is_the_formula_worked_by_hand() -> None:
-    logits, counts = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([10.0, 4.0, 1.0])
-    by_hand = -math.log(4 * math.exp(2.0) / (10 * math.exp(1.0) + 4 * math.exp(2.0) + 1 * math.exp(0.5)))
-    value = weighted_cross_entropy(logits, torch.tensor([1]), torch.ones(1), (counts / counts.sum()).log())
-    assert float(value) == pytest.approx(by_hand, rel=1e-6)
-
-
-def test_a_zero_prior_is_cross_entropy_and_so_is_a_uniform_one() -> None:
-    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
-    expected = torch.nn.functional.cross_entropy(logits, labels)
-    for prior in (torch.zeros(4), torch.full((4,), math.log(0.25))):
-        torch.testing.assert_close(weighted_cross_entropy(logits, labels, torch.ones(6), prior), expected)
-
-
-def test_a_weight_of_two_is_the_image_given_twice() -> None:
-    logits, labels = torch.randn(3, 4), torch.tensor([0, 3, 2])
-    twice = torch.tensor([0, 1, 1, 2])
-    torch.testing.assert_close(
-        weighted_cross_entropy(logits, labels, torch.tensor([1.0, 2.0, 1.0]), torch.zeros(4)),
-        weighted_cross_entropy(logits[twice], labels[twice], torch.ones(4), torch.zeros(4)),
-    )
-
-
-def test_a_prior_leaves_out_a_class_that_cannot_occur() -> None:
-    logits = torch.randn(2, 3, requires_grad=True)
-    weighted_cross_entropy(logits, torch.tensor([0, 2]), torch.ones(2), torch.tensor([0.5, 0.0, 0.5]).log()).backward()  # type: ignore[no-untyped-call]
-    assert logits.grad is not None
-    assert torch.isfinite(logits.grad).all()
-    assert not logits.grad[:, 1].any()
-
-
-def test_priors_come_from_the_real_counts_or_from_all_images_by_weight() -> None:
-    pixels = np.zeros((5, 8, 8, 1), np.uint8)
-    images = real_images(pixels, np.array([0, 0, 0, 1, 1])).add(pixels, np.array([1, 1, 1, 1, 2]), weight=0.5)
-    assert not log_priors(images, 3, "cross_entropy", real_only=True).any()
-    real = log_priors(images, 3, "balanced_softmax", real_only=True)
-    torch.testing.assert_close(real[0].exp(), torch.tensor([3 / 5, 2 / 5, 0.0]))
-    assert not real[1].any()
-    pooled = log_priors(images, 3, "balanced_softmax", real_only=False)
-    torch.testing.assert_close(pooled.exp(), torch.tensor([[3.0, 4.0, 0.5]] * 2) / 7.5)
 
 
 def test_a_recognizer_learns_a_separable_toy_set() -> None:
@@ -122,14 +82,14 @@ def test_synthetic_images_of_weight_zero_are_as_good_as_absent() -> None:
 
 def test_a_last_phase_of_all_steps_on_real_images_never_sees_an_extra_one() -> None:
     images, extra = real_images(*toy(40)), toy(20, seed=5)
-    alone = weights_of(images, loss="balanced_softmax")
-    assert same(alone, weights_of(images.add(*extra), loss="balanced_softmax", real_only_fraction=1.0))
-    assert not same(alone, weights_of(images.add(*extra), loss="balanced_softmax", real_only_fraction=0.5))
+    alone = weights_of(images, method="balanced_softmax")
+    assert same(alone, weights_of(images.add(*extra), method="balanced_softmax", real_only_fraction=1.0))
+    assert not same(alone, weights_of(images.add(*extra), method="balanced_softmax", real_only_fraction=0.5))
 
 
 def test_balanced_softmax_on_a_balanced_set_is_cross_entropy() -> None:
     images = real_images(*toy(42))
-    pairs = zip(weights_of(images).values(), weights_of(images, loss="balanced_softmax").values(), strict=True)
+    pairs = zip(weights_of(images).values(), weights_of(images, method="balanced_softmax").values(), strict=True)
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in pairs)
 
 
@@ -168,3 +128,102 @@ def test_a_diverged_recognizer_is_an_error_and_not_a_result() -> None:
     broken = TrainingImages(images.pixels, images.labels, images.weights * float("nan"), images.is_extra)
     with pytest.raises(NumericsError):
         train_recognizer(broken, 3, section(train_steps=1), "cross_entropy", seed=0)
+
+
+LONG_TAIL = (24, 8, 4)
+
+
+def long_tailed() -> TrainingImages:
+    """The toy set with 24, 8 and 4 images a class, and 6 extra ones of weight 0.5."""
+    pixels, labels = toy(90)
+    kept = np.concatenate([np.flatnonzero(labels == k)[:n] for k, n in enumerate(LONG_TAIL)])
+    return real_images(pixels[kept], labels[kept]).add(*toy(6, seed=5), weight=0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_the_toy_set_with_extra_images(method: Method) -> None:
+    model = train_recognizer(long_tailed(), 3, section(train_steps=80, second_stage_steps=20), method, seed=1)
+    pixels, labels = toy(90, seed=9)
+    assert (predict(model, pixels) == labels).mean() > 0.9
+    assert predict_probabilities(model, pixels).sum(1) == pytest.approx(np.ones(90), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_bit_by_bit_where_it_was_interrupted(method: Method, tmp_path: Path) -> None:
+    images, chosen, checkpoint = (
+        long_tailed(),
+        section(train_steps=12, second_stage_steps=8, save_every_steps=5),
+        tmp_path / "c.safetensors",
+    )
+
+    class Stop(Exception):
+        pass
+
+    def stopping_after(step: int) -> Report:
+        def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            if done == step:
+                raise Stop
+
+        return hear
+
+    whole = train_recognizer(images, 3, chosen, method, seed=2).state_dict()
+    for stop in (7, 13, 18) if method in TWO_STAGES else (7,):
+        with pytest.raises(Stop):
+            train_recognizer(images, 3, chosen, method, 2, None, stopping_after(stop), checkpoint)
+    heard: list[int] = []
+    resumed = train_recognizer(images, 3, chosen, method, 2, None, lambda what, done, total, figures: heard.append(done), checkpoint)
+    assert heard[0] == (18 if method in TWO_STAGES else 6)
+    assert same(whole, resumed.state_dict())
+
+
+@pytest.mark.parametrize("method", ["crt", "lws", "tau_norm", "mislas"])
+def test_a_second_stage_leaves_the_backbone_bit_equal(method: Method) -> None:
+    images, first = real_images(*toy(9)), {"crt": "cross_entropy", "lws": "cross_entropy", "tau_norm": "cross_entropy", "mislas": "mixup"}
+    alone = weights_of(images, method=first[method], tau_norm_holdout=0.0)
+    after = weights_of(images, method=method, tau_norm_holdout=0.0, second_stage_steps=3)
+    assert {name for name in alone if not torch.equal(alone[name], after[name])} == {"classifier.weight", "classifier.bias"}
+
+
+def test_mislas_may_shift_the_running_means_and_nothing_else_of_the_backbone() -> None:
+    images = real_images(*toy(9))
+    alone = weights_of(images, method="mixup")
+    after = weights_of(images, method="mislas", second_stage_steps=3, mislas_shift_batch_norm=True)
+    changed = {name.rpartition(".")[2] for name in alone if not torch.equal(alone[name], after[name]) and "classifier" not in name}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_a_second_stage_after_a_last_phase_on_real_images_draws_no_extra_one() -> None:
+    images, extra = real_images(*toy(40)), toy(20, seed=5)
+    alone = weights_of(images, method="crt", second_stage_steps=5)
+    assert same(alone, weights_of(images.add(*extra), method="crt", second_stage_steps=5, real_only_fraction=1.0))
+    assert not same(alone, weights_of(images.add(*extra), method="crt", second_stage_steps=5))
+
+
+def test_images_that_choose_tau_are_never_trained_on() -> None:
+    pixels, labels = toy(60)
+    images = real_images(pixels, labels)
+    held = _held_out(images, 3, section(tau_norm_holdout=0.2), seed=0)
+    assert np.bincount(labels[held]).tolist() == [4, 4, 4]
+    changed = pixels.copy()
+    changed[held] = 255 - changed[held]
+    before, after = (weights_of(i, method="tau_norm", tau_norm_holdout=0.2) for i in (images, real_images(changed, labels)))
+    assert all(torch.equal(before[name], after[name]) for name in before if "classifier" not in name)
+
+
+def test_logits_of_ldam_are_cosines_times_its_scale() -> None:
+    model = train_recognizer(long_tailed(), 3, section(train_steps=2, ldam_scale=7.0), "ldam_drw", seed=0)
+    f = torch.from_numpy(features(model, toy(5)[0]))
+    cosines = torch.nn.functional.cosine_similarity(f[:, None], model.classifier.weight[None], dim=2)
+    torch.testing.assert_close(model.classifier(f), 7.0 * cosines)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    images, checkpoint = real_images(*toy(9)), tmp_path / "c.safetensors"
+    train_recognizer(images, 3, section(train_steps=2, save_every_steps=1), "cross_entropy", 0, checkpoint=checkpoint)
+    with pytest.raises(DataError, match="does not fit"):
+        train_recognizer(images, 4, section(train_steps=2, save_every_steps=1), "cross_entropy", 0, checkpoint=checkpoint)
+
+
+def test_no_checkpoint_is_written_unless_the_recipe_says_how_often(tmp_path: Path) -> None:
+    train_recognizer(real_images(*toy(9)), 3, section(train_steps=2), "cross_entropy", 0, checkpoint=tmp_path / "c.safetensors")
+    assert not list(tmp_path.iterdir())

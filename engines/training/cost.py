@@ -38,7 +38,7 @@ class Cost:
 def cost_of(recipe: Recipe) -> Cost:
     """Count a training step of each stage and the synthesis of an image, with tensors that have a shape and no memory.
 
-    The recognizer is left out: at 32 px it adds a few percent.
+    The recognizers of `diffrc evaluate` are left out: eighteen of them add a percent or two on CIFAR, four at 256 px.
     """
     with FakeTensorMode():  # not the meta device, which autocast refuses
         unet = build_unet(recipe, CLASSES)

@@ -12,7 +12,6 @@ from diffrc_cli.options import DataOption, JsonOption, RunOption
 
 if TYPE_CHECKING:
     from engines.sharing.share import Shared
-    from engines.store import RunFolder
 
 MIB = 1 << 20
 
@@ -62,8 +61,6 @@ def export(
     found.classes()  # trained at all? says so before any image is read
     if run is None:
         console.note(f"run: {found.path}")
-    if cleanlab:
-        _tell_cost(found, folds)
     with console.progress() as report:
         shared = share(
             found,
@@ -75,20 +72,12 @@ def export(
             shard_bytes=shard_mib * MIB,
             force=force,
             report=report,
+            tell=console.note,
         )
     if json:
         console.emit_json(shared.to_json())
     else:
         _show(shared)
-
-
-def _tell_cost(run: RunFolder, folds: int) -> None:
-    steps = run.recipe.recognizer.train_steps
-    share = round(100 * (folds - 1) / folds)
-    console.note(
-        f"cleanlab: {folds} recognizers of {steps:,} steps, each on {share} % of the real images, and the run's judge where there is none "
-        "yet; all of them are kept"
-    )
 
 
 def _show(shared: Shared) -> None:
@@ -101,7 +90,7 @@ def _show(shared: Shared) -> None:
     test = f", {sum(shared.test):,} test" if sum(shared.test) else ""
     size = f"{shared.bytes / MIB:,.1f} MiB in {shared.files:,} files"
     console.say(f"{sum(shared.real):,} real + {sum(shared.synthetic):,} synthetic training images{test}: {size}")
-    console.say(f"written to: {shared.folder} ({shared.layout})")
+    console.say(f"lies in: {shared.folder} ({shared.layout})")
     console.say(f"card: {shared.card}; its license is yours to fill in")
     console.say("to read it, in Python:")
     for line in reading(shared.layout, str(shared.folder)).splitlines():

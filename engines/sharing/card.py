@@ -21,15 +21,17 @@ from engines.sharing.layouts import COLUMNS, Format
 CLASSES_LISTED = 200  # of more classes the card lists the first and last
 HUB_SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
 TRUST = {  # evaluation/trust.json: what is shown of it, in this order
-    "frechet": "Frechet distance to the real images",
+    "frechet": "Frechet distance",
     "kid": "kernel distance (KID)",
-    "precision": "precision",
-    "recall": "recall",
+    "precision": "precision, 0 to 1",
+    "recall": "recall, 0 to 1",
     "density": "density",
-    "coverage": "coverage",
-    "diversity": "diversity within a class",
-    "hit_rate": "taken for their class",
+    "coverage": "coverage, 0 to 1",
+    "diversity": "diversity within a class; 1 = that of real images",
+    "hit_rate": "taken for their class, %",
+    "real_or_synthetic": "told from real ones by a linear classifier, %; 50 = not at all",
 }
+TRUST_IMAGES = 10_000  # beyond, a part of them is judged
 _COLUMN_NOTES = {
     "id": "unique: split, kind, label, index",
     "label": "0..K-1",
@@ -71,7 +73,8 @@ def evidence(balanced: Balanced) -> dict[str, Any]:
     if accuracy.get("synthetic_counts") != balanced.train.counts(classes, synthetic=True):
         accuracy = {}  # of other images
     trust = _document(run.evaluation / "trust.json", {})
-    if trust.get("plan", balanced.plan["plan"]) != balanced.plan["plan"]:
+    made = int(balanced.train.synthetic.sum())
+    if made <= TRUST_IMAGES and trust.get("images", made) != made:
         trust = {}
     copies, yields = _document(run.synth / "copies.json", {}), _document(run.synth / "yield.json", [])
     return {"accuracy": accuracy, "trust": trust, "copies": copies, "yield": yields}
@@ -92,7 +95,7 @@ def _front_matter(balanced: Balanced, layout: Format, sizes: Mapping[str, Mappin
     yield f"pretty_name: {yaml_string(balanced.run.recipe.name + ', balanced by DiffRC')}"
     yield from ("task_categories:", "- image-classification", "tags:", "- synthetic", "- long-tailed", "- diffusion", "- diffrc")
     yield from ("size_categories:", f"- {next((name for limit, name in HUB_SIZES if images < limit), 'n>10M')}")
-    if layout in ("imagefolder", "parquet"):
+    if layout == "parquet":  # the loader of image folders takes its columns from metadata.jsonl alone
         total = sum(size["num_bytes"] for size in sizes.values())
         yield from ("dataset_info:", "  features:", *_yaml_features(balanced.names), "  splits:")
         for name, size in sizes.items():
@@ -181,7 +184,9 @@ def reading(layout: Format, place: str) -> str:
     at = place.rstrip("/") or "/"
     return {
         "folder": f"from torchvision.datasets import ImageFolder\n\ntrain = ImageFolder({at + '/train'!r})",
-        "imagefolder": f"from datasets import load_dataset\n\ntrain = load_dataset({at!r}, split='train')",
+        "imagefolder": "import json\n\nfrom datasets import ClassLabel, load_dataset\n\n"
+        f"names = [entry['name'] for entry in json.load(open({at + '/classes.json'!r}))['classes']]\n"
+        f"train = load_dataset({at!r}, split='train').cast_column('label', ClassLabel(names=names))",
         "parquet": f"from datasets import load_dataset\n\ntrain = load_dataset({at!r}, split='train')",
         "webdataset": "from glob import glob\n\nimport webdataset\n\n"
         f"shards = sorted(glob({at + '/train-*.tar'!r}))\n"
@@ -264,8 +269,15 @@ def _trust(balanced: Balanced) -> Iterator[str]:
     rows = [[title, _figure(trust[key])] for key, title in TRUST.items() if trust.get(key) is not None]
     if rows:
         judge = trust.get("extractor", {})
-        judged = f", in the features of {_text(str(judge.get('name', '')))}" if judge.get("name") else ""
-        yield f"Against the real images{judged}:"
+        judged = f", in the features of {_text(str(judge['name']))}" if judge.get("name") else ""
+        against = {"test": "real test images", "train": "real training images"}.get(str(trust.get("reference_set")), "real images")
+        if rows[0][0] == TRUST["frechet"] and judge.get("is_fid"):
+            rows[0][0] = "FID"
+        if isinstance(trust.get("frechet"), Mapping) and isinstance(floor := trust["frechet"].get("floor"), int | float):
+            rows[0][1] += f"; as many real images would score {floor:.4g}"
+        if isinstance(usual := trust.get("hit_rate_real"), int | float):
+            rows = [[title, f"{value}; {usual:.4g} of the real ones" if title == TRUST["hit_rate"] else value] for title, value in rows]
+        yield f"Beside {against}{judged}, with 95 % intervals:"
         yield _table(["figure", ""], rows)
 
 

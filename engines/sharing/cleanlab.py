@@ -76,28 +76,28 @@ def ask(balanced: Balanced, folds: int, report: Report = silent) -> Opinions:
     asked_of = np.frombuffer(json.dumps([balanced.plan["plan"], *(k.tolist() for k in balanced.kept)]).encode(), np.uint8)
     folder = balanced.run.evaluation / "cells"
 
-    def tensors(number: int) -> Path:
-        return folder / f"fold-{number}-of-{folds}.safetensors"
-
-    def cell(number: int) -> Cell:
+    def cell(number: int) -> tuple[Cell, Path]:
         inside = fold[: len(labels)] == number
         images = real_images(pixels[~inside], labels[~inside])
         asked = np.concatenate([asked_of, pixels[inside].ravel()])
         digest = cell_digest(images, section, "balanced_softmax", _SEED, asked)
+        name = f"fold-{number}-of-{folds}"
+        said = folder / f"{name}-{digest[:16]}.safetensors"  # named by what it depends on, since two files are not committed as one
 
         def make(hear: Report) -> dict[str, Any]:
             model = train_recognizer(images, classes, section, "balanced_softmax", _SEED, device, hear)
             rows = np.flatnonzero(fold == number)
-            said = [predict_probabilities(model, balanced.pixels(train, part)) for part in _blocks(rows)]
-            store.write_tensors(tensors(number), {"probabilities": torch.from_numpy(np.concatenate(said))}, {"digest": digest})
-            return {"file": tensors(number).name, "images": len(rows)}
+            parts = [predict_probabilities(model, balanced.pixels(train, part)) for part in _blocks(rows)]
+            store.write_tensors(said, {"probabilities": torch.from_numpy(np.concatenate(parts))}, {"digest": digest})
+            return {"file": said.name, "images": len(rows)}
 
-        return Cell(folder / f"fold-{number}-of-{folds}.json", digest, make)
+        return Cell(folder / f"{name}.json", digest, make), said
 
-    run_cells([cell(number) for number in range(folds)], device, lambda _, done, total, figures: report("folds", done, total, figures))
+    cells, files = zip(*(cell(number) for number in range(folds)), strict=True)
+    run_cells(cells, device, lambda _, done, total, figures: report("folds", done, total, figures))
     probabilities = np.zeros((len(train), classes), dtype=np.float32)
-    for number in range(folds):
-        probabilities[fold == number] = store.read_tensors(tensors(number))["probabilities"].numpy()
+    for number, file in enumerate(files):
+        probabilities[fold == number] = store.read_tensors(file)["probabilities"].numpy()
     judge = open_judge(balanced.run, longtail, report)
     features: list[Floats] = []
     for part in _blocks(np.arange(len(train), dtype=np.int64)):

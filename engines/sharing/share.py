@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def share(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     report: Report = silent,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Shared:
     """Write the balanced data set of a run into a folder: real long tail, kept synthetic images, test images, card.
 
@@ -87,6 +88,7 @@ def share(
         shard_bytes: of a table or tar at most.
         force: replace the data set of an earlier call that differs; nothing else is ever replaced.
         report: hears "export" in images, and what `cleanlab.ask` tells.
+        tell: is told in a line what `cleanlab.ask` costs before it begins.
 
     Raises:
         ConflictError: the folder holds other things, or images are being synthesized, or as `open_balanced`.
@@ -101,7 +103,7 @@ def share(
         identity = _identity(balanced, splits, layout, cleanlab_folds, shard_bytes)
         if _is_there(out, identity, force):
             return _shared(balanced, splits, out, layout, cleanlab_folds, written=False)
-        opinions = _opinions(balanced, cleanlab_folds, report)
+        opinions = _opinions(balanced, cleanlab_folds, report, tell)
         size_bytes = sum(layouts.size_bound(balanced, split, layout) for split in splits)
         size_bytes += sum(array.nbytes for array in opinions) if opinions else 0
         store.require_space(out, size_bytes)
@@ -153,8 +155,8 @@ def _is_there(out: Path, identity: dict[str, Any], force: bool) -> bool:
         return False
     again = f"--force replaces it; or {elsewhere}"
     if (marker["diffrc_export"], marker.get("digest")) != (VERSION, digest(identity)):
-        changed = [key for key, value in identity.items() if marker.get(key) != value]
-        raise ConflictError(f"{out} holds another export ({', '.join(changed) or 'of another version'} differ)", again)
+        changed = [key.replace("_", " ") for key, value in identity.items() if marker.get(key) != value]
+        raise ConflictError(f"{out} holds another export: {', '.join(changed) or 'the version of DiffRC'} differ", again)
     if (marker.get("files"), marker.get("bytes")) != _files_and_bytes(out, marker.get("top", ())):
         raise ConflictError(f"files in {out} were changed, added or removed since it was exported", again)
     return True
@@ -167,9 +169,14 @@ def _files_and_bytes(out: Path, top: Sequence[str]) -> tuple[int, int]:
     return len(files), sum(path.stat().st_size for path in files)
 
 
-def _opinions(balanced: Balanced, folds: int, report: Report) -> cleanlab.Opinions | None:
+def _opinions(balanced: Balanced, folds: int, report: Report, tell: Callable[[str], None]) -> cleanlab.Opinions | None:
     if not folds:
         return None
+    steps, share = balanced.run.recipe.recognizer.train_steps, 100 * (folds - 1) / folds
+    tell(
+        f"cleanlab: {folds} recognizers of {steps:,} steps, each on {share:.0f} % of the {len(balanced.longtail.train):,} real images, and "
+        "the run's judge on all of them; what is kept of them already costs nothing"
+    )
     with store.locked(balanced.run.path):
         return cleanlab.ask(balanced, folds, report)
 

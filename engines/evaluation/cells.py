@@ -22,10 +22,10 @@ from engines import store
 from engines.backends.device import one_thread_each, processors
 from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report
-from engines.recipe import RecognizerSection
-from engines.training.recognizer import Loss, TrainingImages
+from engines.recipe import Method, RecognizerSection
+from engines.training.recognizer import TrainingImages, unread_keys
 
-CELL_VERSION = 1  # raise it when a change of the code changes what a cell would hold
+CELL_VERSION = 2  # raise it when a change of the code changes what a cell would hold
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Cell:
     path: Path
     digest: str
     make: Callable[[Report], dict[str, Any]]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where its training may keep what it has got to; removed when the cell is kept."""
+        return checkpoint_of(self.path, self.digest)
 
     def stored(self) -> dict[str, Any] | None:
         """The kept result, or None where there is none, or one of other inputs."""
@@ -64,6 +69,7 @@ def run_cells(cells: Sequence[Cell], device: torch.device, report: Report) -> li
                 i = jobs[job]
                 result = {"digest": cells[i].digest, **job.result()}
                 store.write_json(cells[i].path, result)
+                cells[i].checkpoint.unlink(missing_ok=True)
                 results[i] = result
         except _Stopped:
             made = sum(result is not None for result in results)
@@ -75,17 +81,18 @@ def run_cells(cells: Sequence[Cell], device: torch.device, report: Report) -> li
     return [result for result in results if result is not None]
 
 
-def cell_digest(images: TrainingImages, section: RecognizerSection, loss: Loss, seed: int, asked: npt.NDArray[np.uint8]) -> str:
+def checkpoint_of(path: Path, digest: str) -> Path:
+    """The checkpoint of the training whose result will be kept at `path`; with other inputs it is another file."""
+    return path.with_name(f"{path.stem}.{digest[:16]}.safetensors")
+
+
+def cell_digest(images: TrainingImages, section: RecognizerSection, method: Method, seed: int, asked: npt.NDArray[np.uint8]) -> str:
     """sha256 of what a cell's result depends on; keys that cannot matter are left out, so that changing them keeps the cell."""
-    exclude = {"seeds", "synthetic_weight"}  # the weights are hashed themselves
-    if not bool(images.is_extra.any()):
-        exclude |= {"synthetic_prior", "real_only_fraction"}
-    elif loss == "cross_entropy":
-        exclude |= {"synthetic_prior"}
+    exclude = {"seeds", "synthetic_weight", *unread_keys(section, method, bool(images.is_extra.any()))}  # the weights are hashed themselves
     settings = {
         "cell": CELL_VERSION,
         "torch": torch.__version__,
-        "loss": loss,
+        "loss": method,
         "seed": seed,
         **section.model_dump(mode="json", exclude=exclude),
     }

@@ -141,6 +141,29 @@ def train_recognizer(
     return model
 
 
+def unread_keys(section: RecognizerSection, method: Method, with_extra: bool) -> set[str]:
+    """Keys of [recognizer] that change no weight of this training: those of other methods, of what is switched off, of speed."""
+    unread = {"seeds", "methods", "workers", "save_every_steps"}
+    read_by: dict[str, tuple[Method, ...]] = {"mixup": MIXED, "second_stage": TWO_STAGES}
+    for name in ("logit_adjustment", "class_balanced", "ldam", "mixup", "remix", "second_stage", "tau_norm", "mislas"):
+        if not (method in read_by[name] if name in read_by else method.startswith(name)):
+            unread |= {key for key in RecognizerSection.model_fields if key.startswith(f"{name}_")}
+    if not with_extra:
+        unread |= {"synthetic_prior", "real_only_fraction"}
+    elif method in ("cross_entropy", "mixup", "crt", "lws", "tau_norm"):
+        unread |= {"synthetic_prior"}
+    off: dict[str, tuple[object, tuple[str, ...]]] = {  # by key: its value that does nothing, and what is read only with another
+        "crop": ("pad", ("crop_min_area",)),
+        "color_jitter": (0.0, ()),
+        "policy": ("none", ()),
+        "cutout_px": (0, ("cutout_holes",)),
+    }
+    for key, (value, others) in off.items():
+        if getattr(section, key) == value:
+            unread |= {key, *others}
+    return unread if section.policy == "randaugment" else unread | {"randaugment_ops", "randaugment_magnitude"}
+
+
 def first_stage(
     model: Recognizer, images: TrainingImages, classes: int, section: RecognizerSection, method: Method, seed: int, device: torch.device
 ) -> Stage:

@@ -25,7 +25,7 @@ def run(
 
     Example: diffrc run digits-lt
     """
-    from diffrc_cli.evaluate import show
+    from diffrc_cli.evaluate import show, show_trust
     from engines import store
     from engines.backends import choice
     from engines.backends.device import choose_device
@@ -59,15 +59,16 @@ def run(
                 train_run(folder, tail, where, estimating(report), console.note, sinks=sinks)
             export_run(folder, (settings.synth.model,), report)
             made = fill_run(folder, tail, report, console.note)
-            table = evaluate_run(folder, tail, report)
+            found = evaluate_run(folder, tail, report)
             page = write_report(folder)
     if json:
-        console.emit_json({"run": str(path), "synthesized": made, "evaluation": table.to_json(), "report": str(page)})
+        console.emit_json({"run": str(path), "synthesized": made, "evaluation": found.to_json(), "report": str(page)})
         return
-    show(table)
+    show(found.table)
+    show_trust(found.trust)
     for line in made["warnings"][:WARNINGS_SHOWN]:
         console.note(f"warning: {line}")
-    console.prose(verdict(table))
+    console.prose(verdict(found.table))
     console.say(f"report: {page}")
 
 

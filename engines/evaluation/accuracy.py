@@ -1,6 +1,6 @@
-"""Does it help? Accuracy by group over seeds, paired intervals, an oracle's purity, and the grid of controls (METHOD section 5).
+"""Does it help? Accuracy by group over seeds, calibration, paired intervals, an oracle's purity, and the grid of controls.
 
-Every trained recognizer is kept as one cell (see `cells`), so that the same command resumes.
+Every trained recognizer is kept as one cell (see `cells`), so that the same command resumes. METHOD section 5.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,18 @@ import torch
 from engines import store
 from engines.data.longtail import LongTail
 from engines.errors import UsageError
-from engines.evaluation.cells import CELL_VERSION, Cell, cell_digest, run_cells
+from engines.evaluation.cells import CELL_VERSION, Cell, cell_digest, checkpoint_of, run_cells
+from engines.evaluation.judge import JUDGE_METHOD, JUDGE_SEED, kept_recognizer, open_judge
 from engines.evaluation.synthetic import ExtraImages, all_pixels, pixel_hashes, refuse_data_folder, refuse_test_images, replay
+from engines.evaluation.trust import Trust, trust_images
+from engines.networks import inception
 from engines.progress import Report, silent
-from engines.recipe import RecognizerSection
+from engines.recipe import METHOD_TITLES, Method, RecognizerSection
 from engines.store import RunFolder
 from engines.synthesis.plan import require_current
 from engines.synthesis.sheet import read_images
-from engines.training.recognizer import LOSSES, Loss, TrainingImages, predict, real_images, train_recognizer
+from engines.training.calibration import class_weights, reliability
+from engines.training.recognizer import TrainingImages, predict, predict_probabilities, real_images, train_recognizer
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -40,10 +44,10 @@ TITLES: dict[str, str] = {
     "replay": "real + replay",
     "replay_as_synthetic": "real + replay, same weight",
     "synthetic": "real + synthetic",
-    "cross_entropy": "cross-entropy",
-    "balanced_softmax": "balanced softmax",
+    **dict(METHOD_TITLES.items()),  # by any name, as the others
 }
 RESAMPLES = 2000
+CONFIDENCE_DIGITS = 4  # of a kept probability: it moves a calibration error by 0.005 points at most, but for images on the edge of a bin
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
@@ -67,6 +71,17 @@ def group_accuracy(per_class: Floats, groups: Sequence[str]) -> dict[str, float]
     tested = ~np.isnan(per_class)
     figures = {g: float(per_class[(member == g) & tested].mean()) for g in GROUPS if ((member == g) & tested).any()}
     return figures | {"all": float(per_class[tested].mean()), "std": float(np.std(list(figures.values())))}
+
+
+def calibration_error(predicted: Labels, confidence: Floats, labels: Labels) -> float:
+    """Expected calibration error in points: by how much confidence misses accuracy, over 15 bins of equal width (Guo et al. 2017).
+
+    Classes count alike, as in the accuracy beside it, which on a balanced test set is the plain error.
+
+    Args:
+        predicted: (N,) the likeliest classes.  confidence: (N,) their probabilities.  labels: (N,) the true ones.
+    """
+    return 100.0 * reliability(confidence, (predicted == labels).astype(np.float64), class_weights(labels)).ece
 
 
 @dataclass(frozen=True)
@@ -124,16 +139,27 @@ def paired_difference(a: npt.NDArray[Any], b: npt.NDArray[Any], labels: Labels, 
     return Interval(100.0 * float(observed), 100.0 * float(low), 100.0 * float(high))
 
 
+def class_differences(
+    a: npt.NDArray[Any], b: npt.NDArray[Any], labels: Labels, classes: int, resamples: int = RESAMPLES
+) -> tuple[Interval | None, ...]:
+    """`paired_difference` of each class: (S, N), (S, N), (N,) -> (K,); None for a class without test images.
+
+    One class has few test images: of K classes that nothing has changed K / 20 lie outside their interval by chance.
+    """
+    members = [labels == k for k in range(classes)]
+    return tuple(paired_difference(a[:, m], b[:, m], labels[m], resamples) if m.any() else None for m in members)
+
+
 # ---------------------------------------------------------------------------------------------------------------- table
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of training: its figures by column (`COLUMNS`, empty groups left out) and the mean accuracy of each class."""
+    """One way of training: its figures and the mean accuracy of each class."""
 
     variant: Variant
-    loss: Loss
-    figures: dict[str, Summary]
+    method: Method
+    figures: dict[str, Summary]  # by `COLUMNS`, empty groups left out, in percent; and "ece", the calibration error in points
     per_class: tuple[float | None, ...]  # (K,) percent; None where the test set has no image
 
 
@@ -141,10 +167,11 @@ class Row:
 class Comparison:
     """One way of training against another on the rarest group, seed by seed and image by image."""
 
-    loss: Loss
+    method: Method
     variant: Variant
     against: Variant
     interval: Interval
+    per_class: tuple[Interval | None, ...] = ()  # (K,) None where the test set has no image; empty but against "real"
 
 
 @dataclass(frozen=True)
@@ -173,12 +200,17 @@ class Table:
     comparisons: tuple[Comparison, ...]
     purity: Purity | None
 
-    def row(self, variant: Variant, loss: Loss) -> Row:
-        return next(row for row in self.rows if (row.variant, row.loss) == (variant, loss))
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The ways of training that were compared, in their order."""
+        return tuple(dict.fromkeys(row.method for row in self.rows))
 
-    def comparison(self, against: Variant, loss: Loss) -> Comparison:
+    def row(self, variant: Variant, method: Method) -> Row:
+        return next(row for row in self.rows if (row.variant, row.method) == (variant, method))
+
+    def comparison(self, against: Variant, method: Method) -> Comparison:
         """Real + synthetic against a control."""
-        return next(c for c in self.comparisons if (c.against, c.loss) == (against, loss))
+        return next(c for c in self.comparisons if (c.against, c.method) == (against, method))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, with the outcomes and the verdict spelled out."""
@@ -189,19 +221,31 @@ class Table:
 
 
 def verdict(table: Table) -> str:
-    """One sentence: does it help against the stronger control, and what is left of it beside balanced softmax?"""
+    """One sentence: does it help against the stronger control, and what is left of it beside the strongest other method?
+
+    The first half is about cross-entropy, or where it was not trained about the first method; the second about that method, of the
+    others, which is best on real images alone, and missing where there is no other.
+    """
+    first: Method = "cross_entropy" if "cross_entropy" in table.methods else table.methods[0]
     controls: list[Variant] = ["real", "replay"]
-    plain = max(controls, key=lambda v: table.row(v, "cross_entropy").figures[table.column].mean)
+    stronger = max(controls, key=lambda variant: table.row(variant, first).figures[table.column].mean)
     words = {"helps": "Synthesis helps", "ties": "A tie within the uncertainty", "hurts": "Synthesis hurts"}
-    first = table.comparison(plain, "cross_entropy").interval
-    second = table.comparison("real", "balanced_softmax").interval
+    plain = table.comparison(stronger, first).interval
+    against = "replay" if stronger == "replay" else f"plain {_title(first)}" if first == "cross_entropy" else f"{_title(first)} alone"
     seeds = "1 seed" if table.seeds == 1 else f"{table.seeds} seeds"
-    against = "plain cross-entropy" if plain == "real" else "replay"
-    return (
-        f"{words[first.outcome]}: on the {table.column} classes real + synthetic is {_points(first)} against {against}, "
-        f"the stronger control of cross-entropy, and with balanced softmax it {second.outcome}, {_points(second)} against "
-        f"balanced softmax alone ({seeds}, 95 % intervals)."
+    sentence = (
+        f"{words[plain.outcome]}: on the {table.column} classes real + synthetic is {_points(plain)} against {against}, "
+        f"the stronger control of {_title(first)}"
     )
+    if others := [method for method in table.methods if method != first]:
+        second = max(others, key=lambda method: table.row("real", method).figures[table.column].mean)
+        beside = table.comparison("real", second).interval
+        sentence += f", and with {_title(second)} it {beside.outcome}, {_points(beside)} against {_title(second)} alone"
+    return f"{sentence} ({seeds}, 95 % intervals)."
+
+
+def _title(method: Method) -> str:
+    return TITLES.get(method, method.replace("_", " "))
 
 
 def _points(interval: Interval) -> str:
@@ -212,7 +256,7 @@ def _points(interval: Interval) -> str:
 
 
 def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, report: Report = silent) -> Table:
-    """Train and test {real, real + replay, real + synthetic} x {cross-entropy, balanced softmax} x seeds.
+    """Train and test {real, real + replay, real + synthetic} x the section's methods x seeds.
 
     `replay` duplicates real images of a class as often as there are synthetic ones, at weight 1, as oversampling does;
     `replay_as_synthetic` puts the same duplicates exactly where the synthetic images would be (loss weight, no prior, last
@@ -222,7 +266,8 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
     Args:
         longtail: train and test; the pool goes to the oracle alone.
         synthetic: at least one image, none of them in the test set.
-        folder: cells are kept in `folder/cells`; a cell is trained anew when anything it depends on has changed.
+        folder: cells are kept in `folder/cells`; a cell is trained anew when anything it depends on has changed. The recognizer
+            that judges images (see `judge`) is one of them, and is kept in `folder/judge`.
         report: hears "evaluate" in hundredths of a recognizer.
 
     Raises: DataError for synthetic images that are test images, Interrupted by a signal, NumericsError, StorageError.
@@ -245,28 +290,44 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
             return real.add(extra.pixels, extra.labels, is_extra=False)
         return real.add(extra.pixels, extra.labels, section.synthetic_weight)
 
-    def cell(variant: Variant, loss: Loss, seed: int) -> Cell:
-        def train(hear: Report) -> dict[str, Any]:
-            model = train_recognizer(images_of(variant, seed), classes, section, loss, seed, device, hear)
-            return {"predicted": predict(model, test_pixels).tolist()}
+    def cell(variant: Variant, method: Method, seed: int) -> Cell:
+        path = folder / "cells" / f"{variant}.{method}.{seed}.json"
+        digest = cell_digest(images_of(variant, seed), section, method, seed, test_pixels)
 
-        path = folder / "cells" / f"{variant}.{loss}.{seed}.json"
-        return Cell(path, cell_digest(images_of(variant, seed), section, loss, seed, test_pixels), train)
+        def train(hear: Report) -> dict[str, Any]:
+            if (variant, method, seed) == ("real", JUDGE_METHOD, JUDGE_SEED):
+                model, _ = kept_recognizer(folder, real, classes, section, device, hear)
+            else:
+                checkpoint = checkpoint_of(path, digest)
+                model = train_recognizer(images_of(variant, seed), classes, section, method, seed, device, hear, checkpoint)
+            probabilities = predict_probabilities(model, test_pixels)  # (N, K)
+            confidence = probabilities.max(1).astype(np.float64)
+            return {"predicted": probabilities.argmax(1).tolist(), "confidence": np.round(confidence, CONFIDENCE_DIGITS).tolist()}
+
+        return Cell(path, digest, train)
 
     device = _device()
-    keys = [(variant, loss, seed) for seed in range(section.seeds) for loss in LOSSES for variant in VARIANTS]
+    methods = section.methods
+    keys = [(variant, method, seed) for seed in range(section.seeds) for method in methods for variant in VARIANTS]
     oracle = _oracle_cell(longtail, synthetic, section, folder, device)
     *results, oracle_result = run_cells([*(cell(*key) for key in keys), oracle], device, report)
-    predicted = {key: np.array(result["predicted"], dtype=np.int64) for key, result in zip(keys, results, strict=True)}
+    found = dict(zip(keys, (_Prediction.of(result) for result in results), strict=True))
 
     tested = {longtail.groups[label] for label in np.unique(test_labels)}
     column = next(g for g in reversed(GROUPS) if g in tested)
-    of_column = np.isin(test_labels, longtail.classes_of(column))
     correct = {
-        (variant, loss): np.stack([predicted[variant, loss, seed] == test_labels for seed in range(section.seeds)])[:, of_column]
+        (variant, method): np.stack([found[variant, method, seed].classes == test_labels for seed in range(section.seeds)])
         for variant in VARIANTS
-        for loss in LOSSES
+        for method in methods
     }
+
+    def compare(method: Method, against: Variant) -> Comparison:
+        pair = correct["synthetic", method], correct[against, method]
+        of_column = np.isin(test_labels, longtail.classes_of(column))
+        interval = paired_difference(pair[0][:, of_column], pair[1][:, of_column], test_labels[of_column])
+        gains = class_differences(*pair, test_labels, classes) if against == "real" else ()
+        return Comparison(method, "synthetic", against, interval, gains)
+
     return Table(
         names=longtail.names,
         groups=tuple(longtail.groups),
@@ -277,43 +338,51 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
         seeds=section.seeds,
         column=column,
         rows=tuple(
-            _row(variant, loss, [predicted[variant, loss, seed] for seed in range(section.seeds)], test_labels, longtail.groups)
-            for loss in LOSSES
+            _row(variant, method, [found[variant, method, seed] for seed in range(section.seeds)], test_labels, longtail.groups)
+            for method in methods
             for variant in VARIANTS
         ),
-        comparisons=tuple(
-            Comparison(
-                loss, "synthetic", against, paired_difference(correct["synthetic", loss], correct[against, loss], test_labels[of_column])
-            )
-            for loss in LOSSES
-            for against in VARIANTS
-            if against != "synthetic"
-        ),
+        comparisons=tuple(compare(method, against) for method in methods for against in VARIANTS if against != "synthetic"),
         purity=_purity(oracle_result, synthetic.labels, classes, len(longtail.pool)),
     )
 
 
-def evaluate_run(run: RunFolder, longtail: LongTail, report: Report = silent) -> Table:
-    """`evaluate` the images in a run's `synth` folder and keep the table in `evaluation/accuracy.json`.
+class Evaluation(NamedTuple):
+    """What `evaluate_run` finds: whether the images help, and whether they are to be trusted."""
+
+    table: Table
+    trust: Trust
+
+    def to_json(self) -> dict[str, Any]:
+        """The table's values, with "trust" beside them."""
+        return self.table.to_json() | {"trust": self.trust.to_json()}
+
+
+def evaluate_run(run: RunFolder, longtail: LongTail, report: Report = silent, extractor: Path | None = None) -> Evaluation:
+    """`evaluate` and judge the images in a run's `synth` folder; kept in `accuracy.json` and `trust.json` of `evaluation/`.
 
     Args:
         longtail: the data set that the run was trained on.
+        extractor: a file of `diffrc import inception`, in whose features the images are judged; None = the run's recognizer.
 
     Raises:
         UsageError: nothing was synthesized yet, or the images lie inside the data set.
         ConflictError: the run was trained on other data, or the images were made by other networks than it holds now.
-        DataError, Interrupted, NumericsError, StorageError: as `evaluate` and `read_images`.
+        DataError, Interrupted, NumericsError, StorageError: as `evaluate`, `read_images` and `open_judge`.
     """
     if not (run.synth / "plan.json").exists():
         raise UsageError(f"{run.path} has no synthesized images yet", "diffrc synth --fill")
     run.keep_classes(longtail.table())
     require_current(run)
     refuse_data_folder(run.synth, Path(run.recipe.data.path) if run.recipe.data.path else None)
+    if extractor:
+        inception.load(extractor)  # a wrong file is told before any work
     started = time.perf_counter()
     try:
-        table = evaluate(longtail, ExtraImages(*read_images(run.synth)), run.recipe.recognizer, run.evaluation, report)
+        synthetic = ExtraImages(*read_images(run.synth))
+        table = evaluate(longtail, synthetic, run.recipe.recognizer, run.evaluation, report)
         store.write_json(run.evaluation / "accuracy.json", table.to_json())
-        return table
+        return Evaluation(table, trust_images(run, longtail, synthetic, open_judge(run, longtail, report, extractor)))
     finally:
         run.add_cost("evaluate", time.perf_counter() - started)
 
@@ -328,14 +397,16 @@ def class_purity(longtail: LongTail, synthetic: ExtraImages, section: Recognizer
 def _oracle_cell(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, device: torch.device) -> Cell:
     images = real_images(all_pixels(longtail.pool), longtail.pool.labels)
     test_pixels = all_pixels(longtail.test)
+    asked = np.concatenate([synthetic.pixels.reshape(-1), test_pixels.reshape(-1)])
+    path = folder / "cells" / "oracle.json"
+    digest = cell_digest(images, section, "cross_entropy", 0, asked)
 
     def train(hear: Report) -> dict[str, Any]:
-        model = train_recognizer(images, len(longtail.names), section, "cross_entropy", 0, device, hear)
+        model = train_recognizer(images, len(longtail.names), section, "cross_entropy", 0, device, hear, checkpoint_of(path, digest))
         right = predict(model, test_pixels) == longtail.test.labels
         return {"accuracy": 100.0 * float(right.mean()), "predicted": predict(model, synthetic.pixels).tolist()}
 
-    asked = np.concatenate([synthetic.pixels.reshape(-1), test_pixels.reshape(-1)])
-    return Cell(folder / "cells" / "oracle.json", cell_digest(images, section, "cross_entropy", 0, asked), train)
+    return Cell(path, digest, train)
 
 
 def _purity(result: Mapping[str, Any], labels: Labels, classes: int, oracle_images: int) -> Purity:
@@ -344,11 +415,23 @@ def _purity(result: Mapping[str, Any], labels: Labels, classes: int, oracle_imag
     return Purity(100.0 * float((predicted == labels).mean()), _nullable(per_class), float(result["accuracy"]), oracle_images)
 
 
-def _row(variant: Variant, loss: Loss, predicted: Sequence[Labels], labels: Labels, groups: Sequence[str]) -> Row:
-    per_class = np.stack([class_accuracy(p, labels, len(groups)) for p in predicted])  # (S, K)
+class _Prediction(NamedTuple):
+    """What a recognizer says of the test images."""
+
+    classes: Labels  # (N,)
+    confidence: Floats  # (N,) of these classes
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> _Prediction:
+        return cls(np.array(result["predicted"], dtype=np.int64), np.array(result["confidence"], dtype=np.float64))
+
+
+def _row(variant: Variant, method: Method, found: Sequence[_Prediction], labels: Labels, groups: Sequence[str]) -> Row:
+    per_class = np.stack([class_accuracy(p.classes, labels, len(groups)) for p in found])  # (S, K)
     by_seed = [group_accuracy(accuracy, groups) for accuracy in per_class]
     figures = {column: summarize([seed[column] for seed in by_seed]) for column in COLUMNS if column in by_seed[0]}
-    return Row(variant, loss, figures, _nullable(per_class.mean(0)))
+    figures["ece"] = summarize([calibration_error(p.classes, p.confidence, labels) for p in found])
+    return Row(variant, method, figures, _nullable(per_class.mean(0)))
 
 
 def _nullable(values: Floats) -> tuple[float | None, ...]:

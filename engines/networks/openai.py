@@ -6,7 +6,7 @@ import difflib
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -111,11 +111,14 @@ def read(path: Path, name: str) -> tuple[dict[str, Tensor], WeightsCard]:
     return state, card
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, also: Set[str] = frozenset()) -> dict[str, Tensor]:
     """A checkpoint's tensors by name, mapped from the file where it is a zip archive, as those of torch 1.6 and later are.
 
     Nothing that the file holds is run. Its pickle is first read as a list of opcodes, in which only the constructors of
     floating-point tensors may be named; then torch's own weights-only reader builds these.
+
+    Args:
+        also: more constructors that may be named, as in CALLED_BY_WEIGHTS.
 
     Raises:
         DataError: not a file, not a checkpoint, damaged, compressed, or one that holds anything but a dictionary of dense
@@ -125,7 +128,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.exists() and not path.is_file():  # a pipe would keep us waiting
             raise DataError(f"cannot read {path}: it is not a file", REMEDY)
         zipped = zipfile.is_zipfile(path)
-        _inspect(path, zipped)
+        _inspect(path, zipped, CALLED_BY_WEIGHTS | also)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of storage classes that torch has renamed
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # noqa: TID251 (inspected, and weights only)
@@ -180,12 +183,12 @@ def shapes(name: str) -> Shapes:
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
-def _inspect(path: Path, zipped: bool) -> None:
+def _inspect(path: Path, zipped: bool, callable_names: Set[str]) -> None:
     """Refuse what could make the reader call, unpack or nest anything that weights need not. Raises DataError, and others on damage."""
     if not zipped:
         with path.open("rb") as file:
             for _ in range(LEGACY_PICKLES):
-                _inspect_pickle(path, file)
+                _inspect_pickle(path, file, callable_names)
         return
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -196,13 +199,13 @@ def _inspect(path: Path, zipped: bool) -> None:
         for member in members:
             if member.filename.endswith(".pkl"):
                 with archive.open(member, mode="r") as file:
-                    _inspect_pickle(path, file)
+                    _inspect_pickle(path, file, callable_names)
 
 
-def _inspect_pickle(path: Path, file: IO[bytes]) -> None:
+def _inspect_pickle(path: Path, file: IO[bytes], callable_names: Set[str]) -> None:
     tuples = 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in CALLS and argument not in CALLED_BY_WEIGHTS:
+        if opcode.name in CALLS and argument not in callable_names:
             wanted = str(argument or "something that it hides").replace(" ", ".")[:80]
             raise DataError(f"{path} holds more than weights: reading it would call {wanted}; nothing was run", REMEDY)
         tuples += opcode.name.startswith("TUPLE")

@@ -74,8 +74,13 @@ def test_evaluate_prints_every_variant_and_a_verdict_and_keeps_the_table(
     synthesized: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = diffrc(capsys, "evaluate", "--run", str(synthesized.path))
-    for words in ("real + replay", "real + synthetic", "balanced softmax", "few", "std", "purity", "95 % intervals"):
+    for words in ("real + replay", "real + synthetic", "balanced softmax", "few", "std", "calibration error", "purity", "95 % intervals"):
         assert words in out
+    for words in ("Can these images be trusted?", "Frechet distance", "KID", "recall", "taken for their class", "no FID"):
+        assert words in out
+    trust = store.read_json(synthesized.evaluation / "trust.json")
+    assert trust["images"] == 6
+    assert [entry["images"] for entry in trust["per_class"]] == [3, 3]
     kept = json.loads((synthesized.evaluation / "accuracy.json").read_text())
     assert kept["verdict"] in out
     assert kept["synthetic_counts"][8:] == [3, 3]
@@ -87,8 +92,20 @@ def test_seeds_on_the_command_line_win_and_json_is_one_line(synthesized: RunFold
     assert out.count("\n") == 1
     table = json.loads(out)
     assert table["seeds"] == 2
+    assert table["trust"] == store.read_json(synthesized.evaluation / "trust.json")
     assert {row["figures"]["few"]["n"] for row in table["rows"]} == {2}
     assert "seeds = 2" in (synthesized.path / "recipe.toml").read_text()
+
+
+def test_features_of_no_inception_file_are_refused_before_any_work(
+    synthesized: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.write_bytes(tmp_path / "weights.pth", b"PK\x03\x04 and more")
+    for name, problem, remedy in (("nowhere", "cannot read", "diffrc import"), ("weights.pth", "torch checkpoint", "weights.pth")):
+        _, err = diffrc(capsys, "evaluate", "--run", str(synthesized.path), "--features", str(tmp_path / name), code=3)
+        assert problem in err
+        assert remedy in err
+    assert not (synthesized.evaluation / "cells").exists()
 
 
 def test_a_run_without_synthetic_images_says_what_to_type(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from engines.data.decode import Frame
 from engines.data.images import ArrayReader, ImageSet, Shelf
@@ -23,7 +26,9 @@ from engines.evaluation.accuracy import (
     Interval,
     Row,
     Table,
+    calibration_error,
     class_accuracy,
+    class_differences,
     class_purity,
     evaluate,
     group_accuracy,
@@ -122,6 +127,32 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.9 <= covered / 200 <= 1.0
 
 
+def test_differences_of_classes_are_those_of_their_images_alone_and_missing_where_nothing_is_tested() -> None:
+    random, labels = np.random.default_rng(0), np.repeat([0, 2], [30, 50])
+    a, b = (random.integers(0, 2, (3, 80)) for _ in range(2))
+    found = class_differences(a, b, labels, 3)
+    assert found[1] is None
+    assert found[2] == paired_difference(a[:, 30:], b[:, 30:], np.full(50, 2))
+
+
+def test_the_calibration_error_is_that_of_torchmetrics() -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), 60)
+    logits = 3 * random.standard_normal((300, 5)) + 2 * np.eye(5)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    theirs = multiclass_calibration_error(torch.from_numpy(probabilities), torch.from_numpy(labels), num_classes=5, n_bins=15)
+    ours = calibration_error(probabilities.argmax(1), probabilities.max(1), labels)
+    assert ours / 100 == pytest.approx(float(theirs), abs=1e-6)
+    assert ours > 1
+
+
+def test_a_kept_confidence_is_precise_enough_for_the_error() -> None:
+    random, labels = np.random.default_rng(0), np.repeat([0, 1], 500)
+    confidence, predicted = random.uniform(0.5, 1, 1000), random.integers(0, 2, 1000)
+    kept = np.round(confidence, accuracy.CONFIDENCE_DIGITS)
+    assert calibration_error(predicted, kept, labels) == pytest.approx(calibration_error(predicted, confidence, labels), abs=0.01)
+
+
 @pytest.mark.parametrize(("low", "high", "outcome"), [(0.1, 4.0, "helps"), (-1.0, 2.0, "ties"), (-5.0, -0.1, "hurts")])
 def test_an_interval_helps_or_hurts_only_where_it_leaves_zero_out(low: float, high: float, outcome: str) -> None:
     assert Interval((low + high) / 2, low, high).outcome == outcome
@@ -131,13 +162,16 @@ def test_the_grid_holds_every_variant_and_loss_and_compares_pair_by_pair(
     longtail: LongTail, synthetic: ExtraImages, tmp_path: Path
 ) -> None:
     table = evaluate(longtail, synthetic, SECTION, tmp_path)
-    assert [(row.variant, row.loss) for row in table.rows] == [
-        (v, loss) for loss in ("cross_entropy", "balanced_softmax") for v in VARIANTS
+    assert [(row.variant, row.method) for row in table.rows] == [
+        (v, method) for method in ("cross_entropy", "balanced_softmax") for v in VARIANTS
     ]
-    assert all(tuple(row.figures) == COLUMNS and row.figures["few"].n == 2 for row in table.rows)
+    assert all(tuple(row.figures) == (*COLUMNS, "ece") and row.figures["few"].n == 2 for row in table.rows)
     assert (table.column, table.counts, table.synthetic_counts) == ("few", (12, 6, 3), (0, 6, 9))
     few = [table.row(v, "cross_entropy").figures["few"].mean for v in ("synthetic", "replay")]
     assert table.comparison("replay", "cross_entropy").interval.difference == pytest.approx(few[0] - few[1])
+    gains = table.comparison("real", "balanced_softmax").per_class
+    means = [np.array(table.row(v, "balanced_softmax").per_class, dtype=float) for v in ("synthetic", "real")]
+    assert [g.difference for g in gains if g] == pytest.approx(means[0] - means[1])
     document = json.loads(json.dumps(table.to_json(), allow_nan=False))
     assert document["verdict"] == verdict(table)
     assert {c["outcome"] for c in document["comparisons"]} <= {"helps", "ties", "hurts"}
@@ -183,29 +217,48 @@ def test_an_oracle_tells_images_of_the_class_from_others(longtail: LongTail, tmp
     assert purity.overall == 87.5
 
 
-def row_of(variant: Any, few: float) -> Row:
-    return Row(variant, "cross_entropy", {"few": summarize([few])}, ())
-
-
-def table_with(plain: tuple[float, float, float], cross: Interval, balanced: Interval) -> Table:
-    rows = [row_of(v, few) for v, few in zip(("real", "replay", "synthetic"), plain, strict=True)]
-    comparisons = [
-        accuracy.Comparison("cross_entropy", "synthetic", "real", cross),
-        accuracy.Comparison("cross_entropy", "synthetic", "replay", cross),
+def table_with(plain: tuple[float, float, float], differences: dict[Any, Interval]) -> Table:
+    """Real, replay and synthetic of every method score `plain`; each method differs from both controls as given."""
+    rows = [
+        Row(variant, method, {"few": summarize([few])}, ())
+        for method in differences
+        for variant, few in zip(("real", "replay", "synthetic"), plain, strict=True)
     ]
-    comparisons.append(accuracy.Comparison("balanced_softmax", "synthetic", "real", balanced))
+    comparisons = [
+        accuracy.Comparison(method, "synthetic", against, interval)
+        for method, interval in differences.items()
+        for against in ("real", "replay")
+    ]
     return Table((), (), (), (), 0, 0, 3, "few", tuple(rows), tuple(comparisons), None)
 
 
+HELPS, TIES, HURTS = Interval(5.0, 2.0, 8.0), Interval(0.5, -1.0, 2.0), Interval(-3.0, -5.0, -1.0)
+
+
 def test_the_verdict_measures_against_the_stronger_control_and_admits_a_tie() -> None:
-    helps, ties, hurts = Interval(5.0, 2.0, 8.0), Interval(0.5, -1.0, 2.0), Interval(-3.0, -5.0, -1.0)
-    assert verdict(table_with((70, 75, 80), helps, ties)).startswith(
+    helps, ties, hurts = ({"cross_entropy": first, "balanced_softmax": TIES} for first in (HELPS, TIES, HURTS))
+    assert verdict(table_with((70, 75, 80), helps)).startswith(
         "Synthesis helps: on the few classes real + synthetic is +5.0 points [+2.0, +8.0] against replay"
     )
-    assert "with balanced softmax it ties, +0.5 points" in verdict(table_with((70, 75, 80), helps, ties))
-    assert "against plain cross-entropy" in verdict(table_with((75, 70, 75), ties, ties))
-    assert verdict(table_with((75, 70, 75), ties, ties)).startswith("A tie within the uncertainty")
-    assert verdict(table_with((75, 70, 60), hurts, hurts)).startswith("Synthesis hurts")
+    assert "with balanced softmax it ties, +0.5 points" in verdict(table_with((70, 75, 80), helps))
+    assert "against plain cross-entropy" in verdict(table_with((75, 70, 75), ties))
+    assert verdict(table_with((75, 70, 75), ties)).startswith("A tie within the uncertainty")
+    assert verdict(table_with((75, 70, 60), hurts)).startswith("Synthesis hurts")
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "balanced_softmax", "crt"])
+def test_of_one_method_the_verdict_speaks_of_that_alone(method: Any) -> None:
+    told = verdict(table_with((75, 70, 80), {method: HELPS}))
+    assert told.startswith("Synthesis helps")
+    assert told.count("points") == 1
+    assert told.count(accuracy.TITLES.get(method, method)) == 2
+
+
+def test_of_several_methods_the_verdict_adds_the_one_that_is_best_without_synthetic_images() -> None:
+    table = table_with((70, 60, 80), {"balanced_softmax": TIES, "cross_entropy": HELPS, "crt": HURTS})
+    best = [Row(row.variant, row.method, {"few": summarize([99.0])}, ()) if row.method == "crt" else row for row in table.rows]
+    told = verdict(replace(table, rows=tuple(best)))
+    assert "with cRT it hurts" in told or "with crt it hurts" in told
 
 
 def test_a_signal_keeps_the_trained_recognizers_and_the_next_call_goes_on(

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from engines.store import RunFolder
 
 # Two OpenMP threads on a loaded machine wait for each other more than they work; torch reads this when it is imported, and
 # so do the processes that tests start.
@@ -119,4 +123,58 @@ def exported_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("exported") / "runs" / "digits-lt"
     shutil.copytree(tiny_run, path)
     export_run(store.open_run(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def fill_with_noise() -> Callable[[RunFolder], None]:
+    """fill_with_noise(run): the tail of a run filled with noise by no network at all. What comes after synthesis needs no more.
+
+    In every filled class, image 1 is one that the selection dropped.
+    """
+    import numpy as np
+
+    from engines import store
+    from engines.synthesis.plan import Plan, fill_classes, keep_plan
+    from engines.synthesis.sheet import Record, encode_png, pixels_sha256
+
+    def fill(run: RunFolder) -> None:
+        shape = [run.recipe.data.image_size_px, run.recipe.data.image_size_px, run.recipe.data.image_channels]
+        identity = {"classes": run.classes()["names"], "model": "target", "engine.kind": "none", "synth.seed": 7}
+        plan = Plan(identity, {"numpy": np.__version__})
+        keep_plan(run.synth, plan)
+        random = np.random.default_rng(0)
+        for k, count in fill_classes(run).items():
+            for index in range(count + 1):
+                pixels = random.integers(0, 256, shape).astype(np.uint8)
+                dropped: Any = "distance" if index == 1 else ""
+                record = Record(plan.id, k, plan.names[k], index, 7, pixels_sha256(pixels), "{}", dropped=dropped)
+                store.write_bytes(run.synth / record.path(), encode_png(pixels, record))
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def made_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_settings: tuple[str, ...], fill_with_noise: Callable[[RunFolder], None]
+) -> Path:
+    """The folder of a run of the digits that was not trained, its tail filled with noise. To be read only; `made_copy` may be changed."""
+    from diffrc_cli.recipe import embedded
+    from engines import store
+    from engines.data.longtail import prepare
+    from engines.recipe import load
+
+    recipe = load(embedded()["digits-lt"].read_text(encoding="utf-8"), (*tiny_settings, "recognizer.architecture=resnet8"))
+    run = store.create_run(tmp_path_factory.mktemp("made") / "runs" / "digits-lt", recipe)
+    run.keep_classes(prepare(recipe.data, None).table())
+    fill_with_noise(run)
+    return run.path
+
+
+@pytest.fixture
+def made_copy(made_run: Path, tmp_path: Path) -> Path:
+    """`made_run`, copied to tmp_path/runs/digits-lt, with the pointer that makes it the latest run of that folder."""
+    path = tmp_path / "runs" / "digits-lt"
+    shutil.copytree(made_run, path)
+    (path.parent / "latest.json").write_text('{"run": "digits-lt"}', encoding="utf-8")
     return path

@@ -26,13 +26,13 @@ def run(
     Example: diffrc run digits-lt
     """
     from diffrc_cli.evaluate import show, show_trust
+    from diffrc_cli.report import write
     from engines import store
     from engines.backends import choice
     from engines.backends.device import choose_device
     from engines.backends.export import builds_of_recipe, export_run
     from engines.data.longtail import prepare
     from engines.evaluation.accuracy import evaluate_run, verdict
-    from engines.evaluation.report import write_report
     from engines.synthesis.synthesize import fill_run
     from engines.training.sinks import open_sinks, require_packages
     from engines.training.stages import train_run
@@ -60,7 +60,7 @@ def run(
             export_run(folder, (settings.synth.model,), report)
             made = fill_run(folder, tail, report, console.note)
             found = evaluate_run(folder, tail, report)
-            page = write_report(folder)
+            page = write(folder, tail)
     if json:
         console.emit_json({"run": str(path), "synthesized": made, "evaluation": found.to_json(), "report": str(page)})
         return

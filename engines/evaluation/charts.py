@@ -7,12 +7,27 @@ the style sheet's variables, so that light, dark and print agree. Marks carry a 
 from __future__ import annotations
 
 import html
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 LINE_HEIGHT_PX = 150
 MAX_POINTS = 400  # a curve has no more points than a screen shows
+MAX_COLUMNS = 240  # of more, neighbors are drawn as one
+ROOM_PX = 12  # between two ticks that are not drawn on one another, at the width of a phone
+PHONE_PX = 260  # of a chart there
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def text(value: object) -> str:
+    """HTML of any text: escaped, and without characters that would reorder, hide or break what is around it.
+
+    Class names come from folders and tables of strangers. Control characters, overrides of the writing direction, and halves of
+    surrogate pairs, which no file can hold, become the replacement character.
+    """
+    return html.escape(_UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(value)), quote=True)
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,15 @@ class Part:
     value: float
     style: str  # a class of the style sheet: "many", "few added", ...
     title: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements along an axis: points (x, y, half the error bar) in rising x, joined by straight lines."""
+
+    name: str
+    style: str
+    points: Sequence[tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -41,15 +65,16 @@ def stacked_bar(parts: Sequence[Part], largest: float, height_px: int = 16) -> s
         width = 100 * part.value / largest if largest > 0 else 0.0
         if width > 0:
             marks.append(
-                f'<rect class="{_text(part.style)}" x="{left:.3f}%" y="0" width="{max(width, 0.3):.3f}%" height="{height_px}" rx="2">'
-                f"<title>{_text(part.title)}</title></rect>"
+                f'<rect class="{text(part.style)}" x="{left:.3f}%" y="0" width="{max(width, 0.3):.3f}%" height="{height_px}" rx="2">'
+                f"<title>{text(part.title)}</title></rect>"
             )
         left += width
     return _svg("bar", height_px, "".join(marks))
 
 
-def columns(stacks: Sequence[Sequence[Part]], height_px: int = 180) -> str:
-    """Vertical stacked columns without labels, for many classes."""
+def columns(stacks: Sequence[Sequence[Part]], height_px: int = 180, describe: str = "") -> str:
+    """Vertical stacked columns without labels, for many classes; of more than MAX_COLUMNS, neighbors share a column with their mean."""
+    stacks = _joined(stacks)
     largest = max((sum(part.value for part in stack) for stack in stacks), default=0.0) or 1.0
     width, marks = 100 / max(len(stacks), 1), []
     for i, stack in enumerate(stacks):
@@ -59,41 +84,82 @@ def columns(stacks: Sequence[Sequence[Part]], height_px: int = 180) -> str:
             top -= tall
             if tall > 0:
                 place = f'x="{i * width:.3f}%" y="{top:.2f}" width="{width * 0.86:.3f}%" height="{max(tall, 0.6):.2f}"'
-                marks.append(f'<rect class="{_text(part.style)}" {place}><title>{_text(part.title)}</title></rect>')
+                marks.append(f'<rect class="{text(part.style)}" {place}><title>{text(part.title)}</title></rect>')
     ticks = [value for value in nice_ticks(0, largest, 4) if value <= largest]
     grid = "".join(_across(height_px * (1 - value / largest), _number(value)) for value in ticks)
-    return f'<div class="plot">{_svg("columns", height_px, grid + "".join(marks))}</div>'
+    return f'<div class="plot">{_svg("columns", height_px, grid + "".join(marks), describe)}</div>'
 
 
-def interval_mark(low: float, middle: float, high: float, bounds: tuple[float, float], style: str) -> str:
+def gains(parts: Sequence[Part], height_px: int = 150, describe: str = "") -> str:
+    """Columns up and down from 0, for many classes; of more than MAX_COLUMNS, neighbors share a column with their mean."""
+    drawn = [part for (part,) in _joined([(part,) for part in parts])]
+    low, high = min([0.0, *(part.value for part in drawn)]), max([0.0, *(part.value for part in drawn)])
+    high = high if high > low else 1.0
+    to_y, width = _scale(high, low), 100 / max(len(drawn), 1)
+    at = [height_px * to_y(value) / 100 for value in (0.0, *(part.value for part in drawn))]
+    marks = "".join(
+        f'<rect class="{text(part.style)}" x="{i * width:.3f}%" y="{min(y, at[0]):.2f}" width="{width * 0.86:.3f}%" '
+        f'height="{max(abs(y - at[0]), 0.6):.2f}"><title>{text(part.title)}</title></rect>'
+        for i, (part, y) in enumerate(zip(drawn, at[1:], strict=True))
+    )
+    grid = "".join(_across(height_px * to_y(v) / 100, _signed(v)) for v in nice_ticks(low, high, 4) if low <= v <= high)
+    zero = f'<line class="zero" x1="0" x2="100%" y1="{at[0]:.2f}" y2="{at[0]:.2f}"/>'
+    return f'<div class="plot">{_svg("columns", height_px, grid + marks + zero, describe)}</div>'
+
+
+def _joined(stacks: Sequence[Sequence[Part]]) -> Sequence[Sequence[Part]]:
+    """At most MAX_COLUMNS stacks: neighbors as one, with their mean; it has the first one's style and says how many there are."""
+    share = -(-len(stacks) // MAX_COLUMNS) or 1
+    blocks = [stacks[i : i + share] for i in range(0, len(stacks), share)]
+    return [
+        [
+            Part(math.fsum(part.value for part in parts) / len(parts), parts[0].style, _joined_title(parts))
+            for parts in zip(*block, strict=True)
+        ]
+        for block in blocks
+    ]
+
+
+def _joined_title(parts: Sequence[Part]) -> str:
+    return parts[0].title if len(parts) == 1 else f"{parts[0].title}; with {len(parts) - 1} more, whose mean is shown"
+
+
+def interval_mark(low: float, middle: float, high: float, bounds: tuple[float, float], style: str, title: str = "") -> str:
     """A dot with its interval on a scale that shows 0."""
     at = _scale(*bounds)
     return _svg(
         "interval",
         22,
-        f'<line class="zero" x1="{at(0):.3f}%" x2="{at(0):.3f}%" y1="-6" y2="28"/>'
-        f'<line class="whisker {_text(style)}" x1="{at(low):.3f}%" x2="{at(high):.3f}%" y1="11" y2="11"/>'
-        f'<circle class="{_text(style)}" cx="{at(middle):.3f}%" cy="11" r="5"/>',
+        (f"<title>{text(title)}</title>" if title else "") + f'<line class="zero" x1="{at(0):.3f}%" x2="{at(0):.3f}%" y1="-6" y2="28"/>'
+        f'<line class="whisker {text(style)}" x1="{at(low):.3f}%" x2="{at(high):.3f}%" y1="11" y2="11"/>'
+        f'<circle class="{text(style)}" cx="{at(middle):.3f}%" cy="11" r="5"/>',
     )
 
 
-def dumbbell(before: float, after: float, bounds: tuple[float, float], style: str) -> str:
-    """A hollow dot before, a filled one after, and the way between."""
+def dumbbell(
+    before: float, after: float, bounds: tuple[float, float], style: str, interval: tuple[float, float] | None = None, title: str = ""
+) -> str:
+    """A hollow dot before, a filled one after, and the way between; `interval` is a faint band, of `after`."""
     at = _scale(*bounds)
+    band = ""
+    if interval:
+        low, high = (at(min(max(value, bounds[0]), bounds[1])) for value in interval)
+        band = f'<line class="band {text(style)}" x1="{low:.3f}%" x2="{high:.3f}%" y1="10" y2="10"/>'
+    told = f"<title>{text(title)}</title>" if title else ""
     return _svg(
         "dumbbell",
         20,
-        f'<line class="track" x1="0" x2="100%" y1="10" y2="10"/>'
-        f'<line class="way {_text(style)}" x1="{at(before):.3f}%" x2="{at(after):.3f}%" y1="10" y2="10"/>'
-        f'<circle class="before {_text(style)}" cx="{at(before):.3f}%" cy="10" r="4.5"/>'
-        f'<circle class="{_text(style)}" cx="{at(after):.3f}%" cy="10" r="4.5"/>',
+        f'{told}<line class="track" x1="0" x2="100%" y1="10" y2="10"/>{band}'
+        f'<line class="way {text(style)}" x1="{at(before):.3f}%" x2="{at(after):.3f}%" y1="10" y2="10"/>'
+        f'<circle class="before {text(style)}" cx="{at(before):.3f}%" cy="10" r="4.5"/>'
+        f'<circle class="{text(style)}" cx="{at(after):.3f}%" cy="10" r="4.5"/>',
     )
 
 
 def axis(bounds: tuple[float, float], unit: str = "") -> str:
     """The ticks below a column of `interval_mark` or `dumbbell`."""
     at = _scale(*bounds)
-    marks = "".join(f'<text x="{at(v):.3f}%" y="12" text-anchor="middle">{_number(v)}{_text(unit)}</text>' for v in nice_ticks(*bounds, 4))
+    marks = "".join(f'<text x="{at(v):.3f}%" y="12" text-anchor="middle">{_number(v)}{text(unit)}</text>' for v in nice_ticks(*bounds, 4))
     return _svg("axis", 16, marks)
 
 
@@ -115,7 +181,7 @@ def line_chart(
 
     def path(points: Sequence[tuple[float, float]], style: str) -> str:
         steps = " ".join(f"{to_x(x):.2f},{min(max(to_y(y), -2), 102):.2f}" for x, y in points)
-        return f'<polyline class="{_text(style)}" points="{steps}"/>'
+        return f'<polyline class="{text(style)}" points="{steps}"/>'
 
     curves = "".join(
         (path(s.points, f"raw {s.style}") + path(_running_mean(s.points), s.style)) if s.smooth else path(s.points, s.style) for s in drawn
@@ -125,11 +191,59 @@ def line_chart(
     if level is not None:
         grid += f'<line class="level" x1="0" x2="100%" y1="{height * to_y(level) / 100:.2f}" y2="{height * to_y(level) / 100:.2f}"/>'
     ends = "".join(
-        f'<text x="{at}%" y="{height + 16}" text-anchor="{anchor}">{_text(words)}</text>'
+        f'<text x="{at}%" y="{height + 16}" text-anchor="{anchor}">{text(words)}</text>'
         for at, anchor, words in ((0, "start", f"{x_low:,.0f}"), (50, "middle", x_label), (100, "end", f"{x_high:,.0f}"))
     )
     plot = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="{height}">{curves}</svg>'
     return f'<div class="plot lines">{_svg("line", height, grid + plot + ends, describe)}</div>'
+
+
+def error_curve(series: Sequence[Measured], x_label: str, unit: str = "", describe: str = "") -> str:
+    """Measurements with their error bars over an axis that names every x; where these lie too close together, they are evenly spaced."""
+    drawn = [s for s in series if s.points]
+    if not drawn:
+        return '<p class="none">Nothing was measured.</p>'
+    values = sorted({x for s in drawn for x, _, _ in s.points})
+    place = _places(values)
+    ends = [end for s in drawn for _, y, error in s.points for end in (y - error, y + error)]
+    room = (max(ends) - min(ends)) * 0.08 or abs(max(ends)) * 0.1 or 1.0
+    y_low, y_high = min(ends) - room, max(ends) + room
+    height, down = LINE_HEIGHT_PX, _scale(y_high, y_low)
+    marks = "".join(_across(height * down(v) / 100, _number(v) + unit) for v in nice_ticks(y_low, y_high, 4) if y_low <= v <= y_high)
+    for s in drawn:
+        at = [(place[x], height * down(y) / 100, height * error / (y_high - y_low)) for x, y, error in s.points]
+        for (x1, y1, _), (x2, y2, _) in itertools.pairwise(at):
+            marks += f'<line class="join {text(s.style)}" x1="{x1:.3f}%" x2="{x2:.3f}%" y1="{y1:.2f}" y2="{y2:.2f}"/>'
+        for (x, y, reach), (value, mean, error) in zip(at, s.points, strict=True):
+            if error > 0:
+                marks += f'<line class="whisker {text(s.style)}" x1="{x:.3f}%" x2="{x:.3f}%" y1="{y - reach:.2f}" y2="{y + reach:.2f}"/>'
+            title = f"{s.name}: {mean:.4g}{unit}" + (f" \N{PLUS-MINUS SIGN} {error:.2g}" if error > 0 else "") + f" at {_number(value)}"
+            marks += f'<circle class="{text(s.style)}" cx="{x:.3f}%" cy="{y:.2f}" r="4"><title>{text(title)}</title></circle>'
+    for x in _told(values, place):
+        marks += f'<text x="{place[x]:.3f}%" y="{height + 16}" text-anchor="middle">{_number(x)}</text>'
+    marks += f'<text x="50%" y="{height + 33}" text-anchor="middle">{text(x_label)}</text>'
+    return f'<div class="plot measured">{_svg("line", height, marks, describe)}</div>'
+
+
+def _places(values: Sequence[float]) -> dict[float, float]:
+    """Where each x lies in percent: to scale, or evenly spaced where two would touch. A margin leaves room for the dots."""
+    span = values[-1] - values[0]
+    touching = any(b - a < span / 12 for a, b in itertools.pairwise(values))
+    at = _scale(0, max(1, len(values) - 1)) if touching or not span else _scale(values[0], values[-1])
+    return {x: 4 + 0.92 * (at(i) if touching or not span else at(x)) for i, x in enumerate(values)}
+
+
+def _told(values: Sequence[float], place: Mapping[float, float]) -> list[float]:
+    """The values whose labels have room on a phone, from the left."""
+    told: list[float] = []
+    end = -math.inf
+    for x in values:
+        at = PHONE_PX * place[x] / 100
+        half = 3.5 * len(_number(x))
+        if at - half >= end:
+            told.append(x)
+            end = at + half + ROOM_PX / 2
+    return told
 
 
 def reliability(bins: Sequence[tuple[float, float, float]], describe: str = "", height_px: int = 120) -> str:
@@ -188,17 +302,17 @@ def _scale(low: float, high: float) -> Callable[[float], float]:
 def _across(y: float, label: str) -> str:
     """A grid line with its label left of the plot."""
     line = f'<line class="grid" x1="0" x2="100%" y1="{y:.2f}" y2="{y:.2f}"/>'
-    return f'{line}<text x="-6" y="{y + 4:.2f}" text-anchor="end">{_text(label)}</text>'
+    return f'{line}<text x="-6" y="{y + 4:.2f}" text-anchor="end">{text(label)}</text>'
 
 
 def _svg(style: str, height_px: int, content: str, describe: str = "") -> str:
-    role = f'role="img" aria-label="{_text(describe)}"' if describe else 'aria-hidden="true"'
+    role = f'role="img" aria-label="{text(describe)}"' if describe else 'aria-hidden="true"'
     return f'<svg class="chart {style}" width="100%" height="{height_px}" {role}>{content}</svg>'
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + _number(value)
 
 
 def _number(value: float) -> str:
     return f"{value:,.4g}".replace("-", "\N{MINUS SIGN}") if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)

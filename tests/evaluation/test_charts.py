@@ -7,7 +7,22 @@ from xml.etree import ElementTree
 
 import pytest
 
-from engines.evaluation.charts import Part, Series, columns, dumbbell, interval_mark, line_chart, nice_ticks, reliability, stacked_bar
+from engines.evaluation.charts import (
+    MAX_COLUMNS,
+    Measured,
+    Part,
+    Series,
+    columns,
+    dumbbell,
+    error_curve,
+    gains,
+    interval_mark,
+    line_chart,
+    nice_ticks,
+    reliability,
+    stacked_bar,
+    text,
+)
 
 
 def attributes(svg: str, tag: str, name: str) -> list[float]:
@@ -59,6 +74,48 @@ def test_constant_curves_and_empty_bars_are_drawn_and_not_divided_by_zero() -> N
 )
 def test_ticks_are_round_numbers_inside_the_bounds(low: float, high: float, expected: list[float]) -> None:
     assert nice_ticks(low, high, 4) == pytest.approx(expected)
+
+
+def test_the_interval_of_a_dumbbell_is_a_band_that_stays_on_the_scale() -> None:
+    chart = dumbbell(60, 90, (50, 100), "few", (80, 120), "<cat>")
+    band = next(e for e in ElementTree.fromstring(chart).iter("line") if e.attrib["class"].startswith("band"))
+    assert (float(band.attrib["x1"].rstrip("%")), float(band.attrib["x2"].rstrip("%"))) == (60, 100)
+    assert next(e.text for e in ElementTree.fromstring(chart).iter("title")) == "<cat>"
+
+
+def test_gains_stand_on_zero_and_losses_hang_from_it() -> None:
+    chart = gains([Part(30, "few", "a"), Part(-10, "few", "b"), Part(0, "few", "c")], height_px=100)
+    assert attributes(chart, "rect", "y") == [0, 75, 75]
+    assert attributes(chart, "rect", "height") == [75, 25, 0.6]
+
+
+def test_of_many_classes_neighbors_share_a_column_with_their_mean() -> None:
+    chart = columns([[Part(k % 3, "few", f"class {k}")] for k in range(3 * MAX_COLUMNS)], height_px=100)
+    assert attributes(chart, "rect", "height") == [100] * MAX_COLUMNS
+    assert next(e.text for e in ElementTree.fromstring(chart).iter("title")) == "class 0; with 2 more, whose mean is shown"
+
+
+def test_measurements_have_their_bars_and_lie_to_scale_where_there_is_room() -> None:
+    chart = error_curve([Measured("ours", "c0", [(0, 10, 5), (5, 20, 0), (10, 30, 5)])], "lambda")
+    assert attributes(chart, "circle", "cx") == [4, 50, 96]
+    bars = [e for e in ElementTree.fromstring(chart).iter("line") if e.attrib["class"].startswith("whisker")]
+    middle = attributes(chart, "circle", "cy")
+    assert [(float(b.attrib["y1"]) + float(b.attrib["y2"])) / 2 for b in bars] == pytest.approx([middle[0], middle[2]], abs=0.01)
+    assert middle == sorted(middle, reverse=True)
+
+
+def test_measurements_too_close_for_their_scale_are_evenly_spaced() -> None:
+    chart = error_curve([Measured("ours", "c0", [(x, 1, 0) for x in (0, 0.01, 1)])], "lambda")
+    assert attributes(chart, "circle", "cx") == [4, 50, 96]
+
+
+def test_one_measurement_and_none_are_drawn_too() -> None:
+    assert attributes(error_curve([Measured("ours", "c0", [(3, 1, 0)])], "s"), "circle", "cx") == [4]
+    assert "Nothing was measured" in error_curve([], "s")
+
+
+def test_text_is_escaped_and_loses_what_would_turn_or_break_it() -> None:
+    assert text('<a b="c">\u202e\x00\ud800\n') == "&lt;a b=&quot;c&quot;&gt;" + 3 * "\N{REPLACEMENT CHARACTER}" + "\n"
 
 
 def test_titles_are_escaped() -> None:

@@ -1,0 +1,291 @@
+"""The page of a study: the paper's table beside ours, differences from the controls, curves, panels, likeness, cost, how to repeat it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engines.evaluation import charts
+from engines.evaluation.accuracy import COLUMNS
+from engines.evaluation.charts import Measured, text
+from engines.evaluation.report.gains import CHANCE, figure_cell, interval_entry
+from engines.evaluation.report.making import cost_table, fact_list, recipe_text
+from engines.evaluation.report.page import (
+    DASH,
+    Section,
+    block,
+    duration,
+    entries,
+    folded,
+    legend,
+    listed,
+    masthead,
+    note,
+    page,
+    picture,
+    plural,
+    row,
+    significant,
+    table,
+)
+from engines.evaluation.report.titles import heading_of
+from engines.evaluation.report.trust import fidelity
+
+Document = Mapping[str, Any]
+DIFFERENCES_SHOWN = 40  # of a method; of more, the rest is folded
+SHEETS_SHOWN = 12
+WORDS = {
+    "test": "test images that nothing was trained or chosen on",
+    "held-out": "training images that were held out to choose settings on",
+}
+
+
+def render_study(document: Document) -> str:
+    """The whole page of a study.json; any field may be missing, and every text in it is escaped.
+
+    Args:
+        document: plain JSON values. Of `arms`: name, title, changes, images, seconds by stage, the paper's figures by column, `rows` (a
+            method, its figures by column, and its differences `against` other arms), `fidelity` as trust.json, and `sheet_png`.
+    """
+    title = str(document.get("title") or document.get("name") or "Study")
+    sections = (
+        Section("results", "Results", _results(document)),
+        Section("differences", "What makes the difference", _differences(document), "Differences"),
+        Section("curves", "Curves", _curves(document)),
+        Section("panels", "The images", _panels(document), "Images"),
+        Section("fidelity", "Like real images?", _fidelity(document), "Likeness"),
+        Section("cost", "What it cost", _cost(document), "Cost"),
+        Section("reproduce", "How to reproduce it", _reproduce(document), "Reproduce"),
+    )
+    footer = "Made by DiffRC. Generated images are synthetic; their files say so."
+    return page(title, masthead(str(document.get("name") or "study"), title, _told(document), ""), sections, footer)
+
+
+def _told(document: Document) -> str:
+    """What was done, in a sentence, as HTML."""
+    arms, seeds = _arms(document), document.get("seeds")
+    words = plural(len(arms), "arm") + (f" of the recipe {document['recipe']}" if document.get("recipe") else "")
+    words += f", {plural(seeds, 'seed')} each" if isinstance(seeds, int) else ""
+    words += f", judged on {WORDS[document['test']]}" if document.get("test") in WORDS else ""
+    return text(words) + "."
+
+
+def _arms(document: Document) -> Sequence[Document]:
+    return document.get("arms") or ()
+
+
+def _titles(document: Document) -> dict[str, str]:
+    return {str(arm.get("name", "")): _title(arm) for arm in _arms(document)}
+
+
+def _title(arm: Document) -> str:
+    return str(arm.get("title") or arm.get("name") or "arm")
+
+
+def _methods(document: Document) -> list[str]:
+    found = [str(r["method"]) for arm in _arms(document) for r in arm.get("rows") or () if r.get("method")]
+    return list(dict.fromkeys([*(m for m in document.get("methods") or () if m in found), *found]))
+
+
+def _rows(document: Document, method: str) -> list[tuple[Document, Document]]:
+    """(arm, its row) of a method, in the order of the arms."""
+    return [(arm, r) for arm in _arms(document) for r in arm.get("rows") or () if r.get("method") == method]
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def _results(document: Document) -> str:
+    methods = _methods(document)
+    if not methods:
+        return '<p class="none">Nothing is finished yet.</p>'
+    figures = [r.get("figures") or {} for method in methods for _, r in _rows(document, method)]
+    columns = [c for c in COLUMNS if any(c in f for f in figures)]
+    papers = [c for c in columns if any(c in (arm.get("paper") or {}) for arm in _arms(document))]
+    head = ["", *(name for c in columns for name in ((c.capitalize(), "paper") if c in papers else (c.capitalize(),)))]
+    body = "".join(_block(document, method, columns, papers, first=method == methods[0]) for method in methods)
+    words = "Top-1 in percent, mean \N{PLUS-MINUS SIGN} sample deviation over seeds. "
+    words += "Std is the deviation between the groups: lower is fairer. Bold is the best of its block."
+    if papers:
+        words += " The paper's figures stand beside ours, under <i>paper</i>: its data set and its length of training are not always ours."
+    notes = "".join(f"<li>{text(line)}</li>" for line in document.get("notes") or ())
+    shown = table("Accuracy of every arm", head, body, "papers" if papers else "")
+    return f"<p>{words}</p>{shown}" + (f'<ul class="notes">{notes}</ul>' if notes else "")
+
+
+def _block(document: Document, method: str, columns: Sequence[str], papers: Sequence[str], first: bool) -> str:
+    """The arms of a method; the paper has one recognizer, so its figures stand in the first block alone."""
+    rows = _rows(document, method)
+    best = {
+        c: (min if c == "std" else max)(round(r["figures"][c]["mean"], 1) for _, r in rows if c in (r.get("figures") or {}))
+        for c in columns
+        if any(c in (r.get("figures") or {}) for _, r in rows)
+    }
+    shown = ""
+    for arm, found in rows:
+        cells = []
+        for c in columns:
+            figure = (found.get("figures") or {}).get(c)
+            cells.append(figure_cell(figure, best[c]) if figure else DASH)
+            if c in papers:
+                paper = (arm.get("paper") or {}).get(c) if first else None
+                cells.append(f"<i>{paper:.1f}</i>" if isinstance(paper, int | float) else "")
+        images = arm.get("images")
+        told = f" <small>{plural(images, 'image')}</small>" if isinstance(images, int) and first else ""
+        shown += row(f"{text(_title(arm))}{told}", cells)
+    return block(heading_of(method), shown, 1 + len(columns) + len(papers))
+
+
+# --------------------------------------------------------------------------------------------------------- differences
+
+
+def _differences(document: Document) -> str:
+    titles = _titles(document)
+    found = [
+        (method, arm, other, difference)
+        for method in _methods(document)
+        for arm, r in _rows(document, method)
+        for other, difference in (r.get("against") or {}).items()
+        if difference
+    ]
+    if not found:
+        return ""
+    reach = max(max(abs(d["low"]), abs(d["high"])) for *_, d in found) * 1.05 or 1.0
+    bounds = (-reach, reach)
+    content = ""
+    for method in _methods(document):
+        shown = [
+            interval_entry(f"{_title(arm)} against {titles.get(other, other)}", d, str(d.get("outcome", "")), bounds)
+            for m, arm, other, d in found
+            if m == method
+        ]
+        if not shown:
+            continue
+        content += f"<h3>{text(heading_of(method))}</h3>"
+        content += entries("".join(shown[:DIFFERENCES_SHOWN]), charts.axis(bounds), "wide")
+        if rest := shown[DIFFERENCES_SHOWN:]:
+            content += folded(f"{len(rest):,} more", entries("".join(rest), charts.axis(bounds), "wide"), len(rest))
+    column = document.get("column")
+    where = f" on the {text(column)} classes" if column else ""
+    words = f"Difference in points{where}: dots right of the line, the first of the two is better. {CHANCE}"
+    return f"<p>{words}</p>{content}"
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+def _curves(document: Document) -> str:
+    figures = ""
+    for curve in document.get("curves") or ():
+        points = sorted((p for p in curve.get("points") or () if p.get("mean") is not None), key=lambda p: float(p["x"]))
+        paper = sorted((p for p in curve.get("points") or () if p.get("paper") is not None), key=lambda p: float(p["x"]))
+        series = [Measured("ours", "c0", [(float(p["x"]), float(p["mean"]), float(p.get("spread") or 0.0)) for p in points])]
+        if paper:
+            series.append(Measured("the paper's", "c5", [(float(p["x"]), float(p["paper"]), 0.0) for p in paper]))
+        title, label = str(curve.get("title", "")), str(curve.get("x_label", ""))
+        chart = charts.error_curve(series, label, describe=f"{title} over {label}")
+        shown = legend([(s.style, "", s.name) for s in series if s.points])
+        rows = [_point_row(p) for p in sorted(curve.get("points") or (), key=lambda p: float(p["x"]))]
+        values = table(title or label, (label, "Ours", "Paper"), listed(rows, "study.json"), "narrow")
+        figures += f"<figure><h3>{text(title)}</h3>{shown}{chart}{folded('Values', values, len(rows))}</figure>"
+    words = "Dots are means over seeds, bars one sample deviation either way."
+    return f'<p>{words}</p><div class="charts curves">{figures}</div>' if figures else ""
+
+
+def _point_row(point: Document) -> str:
+    mean, paper = point.get("mean"), point.get("paper")
+    ours = DASH if mean is None else figure_cell({"mean": float(mean), "spread": float(point.get("spread") or 0.0)})
+    return row(significant(float(point["x"]), 4), [ours, DASH if paper is None else f"{float(paper):.1f}"])
+
+
+# ------------------------------------------------------------------------------------------------- panels and likeness
+
+
+def _panels(document: Document) -> str:
+    """An original image of the tail beside generated ones, an arm after another, as in the paper's Fig. 2."""
+    arms = [arm for arm in _arms(document) if arm.get("sheet_png")]
+    shown = "".join(
+        picture(_bytes(arm["sheet_png"]), f"{_title(arm)}: original images left, generated ones right", _title(arm))
+        for arm in arms[:SHEETS_SHOWN]
+    )
+    more = note(f"{len(arms) - SHEETS_SHOWN} more arms are left out.") if len(arms) > SHEETS_SHOWN else ""
+    return f"<p>Original images of the tail left, generated ones right.</p>{shown}{more}" if shown else ""
+
+
+def _bytes(encoded: object) -> bytes:
+    """What base64 text holds; nothing where it is none."""
+    try:
+        return base64.b64decode(str(encoded), validate=True)
+    except (ValueError, binascii.Error):
+        return b""
+
+
+def _fidelity(document: Document) -> str:
+    """One row an arm, and every measure of each folded."""
+    arms = [arm for arm in _arms(document) if arm.get("fidelity")]
+    if not arms:
+        return ""
+    is_fid = all((arm["fidelity"].get("extractor") or {}).get("is_fid") for arm in arms)
+    head = ["", "FID" if is_fid else "Frechet", "floor", "KID", "Recall", "Coverage", "Diversity", "Hit rate"]
+    rows = "".join(row(text(_title(arm)), _fidelity_cells(arm["fidelity"])) for arm in arms)
+    every = "".join(folded(_title(arm), fidelity(arm["fidelity"]).replace("<h3>Like real images?</h3>", "", 1), 20) for arm in arms)
+    words = (
+        "The floor is what as many real images would score: no generator gets below it. Lower is better of Frechet and KID, else higher."
+    )
+    return f"<p>{words}</p>{table('Likeness to real images by arm', head, rows)}{every}"
+
+
+def _fidelity_cells(trust: Document) -> list[str]:
+    def value(key: str) -> float | None:
+        found = trust.get(key)
+        found = found.get("value") if isinstance(found, Mapping) else found
+        return float(found) if isinstance(found, int | float) else None
+
+    def cell(found: float | None, words: str = "") -> str:
+        return DASH if found is None else significant(found) + words
+
+    frechet = trust.get("frechet")
+    floor = frechet.get("floor") if isinstance(frechet, Mapping) else None
+    others = [cell(value(key)) for key in ("kid", "recall", "coverage", "diversity")]
+    return [cell(value("frechet")), cell(floor), *others, cell(value("hit_rate"), " %")]
+
+
+# --------------------------------------------------------------------------------------------------- cost, how to repeat
+
+
+def _cost(document: Document) -> str:
+    arms = [arm for arm in _arms(document) if arm.get("seconds")]
+    if not arms:
+        return ""
+    stages: dict[str, float] = {}
+    for arm in arms:
+        for stage, seconds in arm["seconds"].items():
+            stages[stage] = stages.get(stage, 0.0) + float(seconds)
+    rows = [
+        row(text(_title(arm)), [duration(float(arm["seconds"][s])) if s in arm["seconds"] else DASH for s in stages] + [_total(arm)])
+        for arm in arms
+    ]
+    where = f" on {text(document['hardware'])}" if document.get("hardware") else ""
+    by_arm = table("Time of each arm", ("", *stages, "total"), listed(rows, "study.json"))
+    return f"<p>Wall-clock time{where}, all seeds together.</p>{cost_table(stages)}{folded('Time of each arm', by_arm, len(rows))}"
+
+
+def _total(arm: Document) -> str:
+    return f"<b>{duration(sum(map(float, arm['seconds'].values())))}</b>"
+
+
+def _reproduce(document: Document) -> str:
+    content = f'<pre tabindex="0">{text(document["command"])}</pre>' if document.get("command") else ""
+    changed = [
+        row(text(_title(arm)), ["<br>".join(f"<code>{text(change)}</code>" for change in arm["changes"])])
+        for arm in _arms(document)
+        if arm.get("changes")
+    ]
+    if changed:
+        shown = table("What each arm changes in the recipe", ("Arm", "Changes in the recipe"), listed(changed, "study.json"), "keys")
+        content += f"<h3>What each arm changes</h3>{shown}"
+    content += recipe_text(str(document.get("recipe_toml") or ""))
+    facts = {"hardware": document["hardware"]} if document.get("hardware") else {}
+    return content + fact_list("Versions and machine", {**facts, **(document.get("versions") or {})})

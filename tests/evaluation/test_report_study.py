@@ -1,0 +1,74 @@
+"""The page of a study: the paper's figures beside ours, differences, curves, panels, cost; whatever is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engines.evaluation.report import render_study
+
+Document = Callable[[], dict[str, Any]]
+
+
+def test_the_papers_figures_stand_beside_ours_in_a_column_of_their_own(study_document: Document) -> None:
+    text = render_study(study_document())
+    head = text.partition('aria-label="Accuracy of every arm"><thead>')[2].partition("</thead>")[0]
+    assert head.count(">paper<") == 2  # of few and all, which the paper has; not of the others
+    assert text.count("<td><i>82.8</i></td>") == 1  # in the first method's block alone
+    assert "<td><i>71.3</i></td>" in text
+
+
+def test_a_difference_is_drawn_with_its_interval_and_named_after_both_arms(study_document: Document) -> None:
+    text = render_study(study_document())
+    assert "arm no-pair against arm real" in text
+    assert "[\N{MINUS SIGN}2.0 to +4.0]" in text
+
+
+def test_a_curve_has_our_points_with_error_bars_and_the_papers_without(study_document: Document) -> None:
+    plot = render_study(study_document()).partition('<div class="plot measured">')[2].partition("</svg>")[0]
+    assert plot.count('<circle class="c0"') == 3
+    assert plot.count('<circle class="c5"') == 2
+    assert plot.count('<line class="whisker c0"') == 3
+
+
+def test_a_sheet_is_embedded_where_it_is_a_picture_and_named_damaged_where_not(study_document: Document) -> None:
+    text = render_study(study_document())
+    assert text.count("<img ") == 1
+    assert text.count("is damaged") == 1
+
+
+def test_the_cost_is_the_sum_over_the_arms_and_each_arm_has_its_row(study_document: Document) -> None:
+    text = render_study(study_document())
+    assert "11 min 45 s" in text  # 5 + 700 seconds of synthesis
+    assert "12 min 46 s" in text  # and 61 of training
+    assert "11 min 40 s" in text
+
+
+def test_the_command_the_changes_and_the_split_are_told(study_document: Document) -> None:
+    text = render_study(study_document())
+    assert "diffrc study table3 --recipe" in text
+    assert "<code>target.lambda_pair=0</code>" in text
+    assert "held out to choose settings on" in text
+
+
+@pytest.mark.parametrize(
+    "missing", ["title", "recipe", "hardware", "versions", "seeds", "test", "column", "methods", "arms", "curves", "notes", "command"]
+)
+def test_a_missing_field_leaves_a_whole_page(study_document: Document, missing: str) -> None:
+    document = study_document()
+    del document[missing]
+    assert render_study(document).endswith("</html>\n")
+
+
+@pytest.mark.parametrize("missing", ["title", "changes", "images", "seconds", "paper", "rows", "fidelity", "sheet_png"])
+def test_a_missing_field_of_every_arm_leaves_a_whole_page(study_document: Document, missing: str) -> None:
+    document = study_document()
+    for arm in document["arms"]:
+        arm.pop(missing, None)
+    assert render_study(document).endswith("</html>\n")
+
+
+def test_an_empty_document_says_that_nothing_is_finished() -> None:
+    assert "Nothing is finished yet" in render_study({})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from diffrc_cli import __version__, bench, console, data, engine, evaluate, export, import_, recipe, report, run, synth, train
+from diffrc_cli import __version__, bench, console, data, engine, evaluate, export, import_, recipe, report, run, study, synth, train
 from engines.errors import DiffRCError, Interrupted, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,15 @@ def diffrc(
         raise UsageError(f"diffrc {context.invoked_subcommand} runs in one process", "torchrun is for diffrc train; leave it out here")
 
 
-for command in (run.run, train.train, export.export, synth.synth, evaluate.evaluate, report.report):  # in the order of the work
+for command in (
+    run.run,
+    train.train,
+    export.export,
+    synth.synth,
+    evaluate.evaluate,
+    study.study,
+    report.report,
+):  # in the order of the work
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")

@@ -155,12 +155,15 @@ def cost(
     )
 
 
-def embedded() -> dict[str, Traversable]:
-    """The recipes that come with DiffRC, by name, the default first: the wheel's `diffrc_cli/recipes`, or the checkout's `recipes`."""
+def folder_of_recipes() -> Traversable:
+    """Where they lie: the wheel's `diffrc_cli/recipes`, or the checkout's `recipes`."""
     folder: Traversable = resources.files("diffrc_cli") / "recipes"
-    if not folder.is_dir():
-        folder = Path(__file__).parent.parent / "recipes"
-    files = {file.name.removesuffix(".toml"): file for file in folder.iterdir() if file.name.endswith(".toml")}
+    return folder if folder.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def embedded() -> dict[str, Traversable]:
+    """The recipes that come with DiffRC, by name, the default first."""
+    files = {file.name.removesuffix(".toml"): file for file in folder_of_recipes().iterdir() if file.name.endswith(".toml")}
     return {name: files[name] for name in sorted(files, key=_order)}
 
 

@@ -34,6 +34,7 @@ class LongTail:
     counts: Indices  # (K,) N_k
     groups: tuple[Group, ...]  # (K)
     kept_sha256: str  # of the kept images' indices in the pool, int64 little-endian, in order
+    left_out: ImageSet | None = None  # what the profile cut off the pool, to choose settings on; None = nothing
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,7 +92,9 @@ def prepare(data: DataSection, path: Path | None, *, for_training: bool = True) 
     groups = class_groups(data, counts)
     if for_training:
         check_groups(groups, counts)
-    return LongTail(pool.subset(kept), test, pool, counts, groups, hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest())
+    left_out = np.setdiff1d(np.arange(len(pool), dtype=np.int64), kept)
+    kept_sha256 = hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest()
+    return LongTail(pool.subset(kept), test, pool, counts, groups, kept_sha256, pool.subset(left_out) if len(left_out) else None)
 
 
 def profile_weights(data: DataSection, classes: int) -> npt.NDArray[np.float64]:

@@ -336,12 +336,12 @@ class RecognizerSection(Section):
     mixup_alpha: Positive = 1.0  # lam ~ Beta(alpha, alpha); for mixup, remix and mislas
     remix_kappa: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0  # N_i / N_j from which the rarer class may take the label
     remix_tau: Fraction = 0.5  # and only where the other image's share is below this
-    second_stage_steps: Count = 970  # of crt, lws and mislas, after train_steps: 10 epochs of CIFAR-10-LT at imbalance 100
-    second_stage_lr: Positive = 0.1  # at its start, then cosine to 0
+    # crt, lws and mislas: steps on the classifier, as a share of train_steps and after them, from lr by cosine to 0; 10 epochs after 200
+    second_stage_fraction: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.05
     tau_norm_holdout: Fraction = 0.1  # of each class's real images, not trained on, that choose tau
     mislas_smoothing_head: Fraction = 0.3  # eps_1; 0.4 for CIFAR-100-LT
     mislas_smoothing_tail: Fraction = 0.0  # eps_K; 0.1 for CIFAR-100-LT
-    mislas_classifier_lr: Fraction = 0.5  # of second_stage_lr, for the classifier; its scales have all of it. 0.2 for CIFAR-100-LT
+    mislas_classifier_lr: Fraction = 0.5  # of lr, for the classifier; its scales have all of it. 0.2 for CIFAR-100-LT
     mislas_shift_batch_norm: bool = False  # means and variances taken anew from the balanced draws; true for CIFAR-100-LT
 
 

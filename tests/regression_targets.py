@@ -41,7 +41,6 @@ def section(images: int, epochs: float, precision: str) -> RecognizerSection:
     return RecognizerSection(
         train_steps=round(epochs * epoch),
         warmup_steps=round(epochs / EPOCHS * 5 * epoch),
-        second_stage_steps=round(epochs / EPOCHS * 10 * epoch),
         save_every_steps=round(SAVE_EVERY_EPOCHS * epoch),
         precision=precision,
     )
@@ -68,14 +67,15 @@ def main() -> None:
         shutil.copyfile(arguments.stage_one, checkpoint)
 
     began = time.perf_counter()
-    first: list[int] = []
+    first, losses = [], [float("nan")]
 
     def report(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         first[:] = first or [done - 1]
+        losses[:] = [figures.get("loss", losses[0])]
         if done % chosen.save_every_steps == 0 or done == total:
             rate = (done - first[0]) * chosen.batch_size / (time.perf_counter() - began)
             print(
-                f"{arguments.method}: step {done:,} of {total:,}, {rate:.0f} images/s, loss {figures.get('loss', float('nan')):.3f}",
+                f"{arguments.method}: step {done:,} of {total:,}, {rate:.0f} images/s, loss {losses[0]:.3f}",
                 flush=True,
             )
 

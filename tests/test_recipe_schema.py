@@ -78,7 +78,7 @@ def values_of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin is tuple and len(arguments) == 2 and arguments[1] is ...:
-        return st.lists(values_of(arguments[0], []), min_size=1, max_size=4).map(tuple)
+        return st.lists(values_of(arguments[0], []), min_size=1, max_size=4, unique=typing.get_origin(arguments[0]) is Literal).map(tuple)
     if origin is tuple:
         return st.tuples(*(values_of(argument, []) for argument in arguments))
     low, high = bounds(metadata)

@@ -218,7 +218,7 @@ def second_stage(
     up their classes: one is drawn as often as its weight says, beside 1 of a real image. Where the first stage ends on real images
     alone (`real_only_fraction` above 0), the second, which comes after that, sees no others.
     """
-    steps, after = section.second_stage_steps, section.train_steps
+    steps, after = max(1, round(section.second_stage_fraction * section.train_steps)), section.train_steps
     members = np.arange(len(images)) if not section.real_only_fraction else images.is_extra.logical_not().nonzero().flatten().numpy()
     drawn_labels, drawn_weights = images.labels.numpy()[members], images.weights.numpy()[members]
     labels, source = images.labels.to(device), images.is_extra.to(device).long()
@@ -250,7 +250,7 @@ def second_stage(
         return augmented_batches(images.pixels, indices, section, seed, (after + first, after + steps), device)
 
     def rate(step: int) -> float:
-        return float(section.second_stage_lr * 0.5 * (1.0 + np.cos(np.pi * step / steps)))
+        return float(section.lr * 0.5 * (1.0 + np.cos(np.pi * step / steps)))
 
     return Stage(steps, begin, rate, batches, loss)
 

@@ -142,7 +142,7 @@ def long_tailed() -> TrainingImages:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_the_toy_set_with_extra_images(method: Method) -> None:
-    model = train_recognizer(long_tailed(), 3, section(train_steps=80, second_stage_steps=20), method, seed=1)
+    model = train_recognizer(long_tailed(), 3, section(train_steps=80, second_stage_fraction=0.25), method, seed=1)
     pixels, labels = toy(90, seed=9)
     assert (predict(model, pixels) == labels).mean() > 0.9
     assert predict_probabilities(model, pixels).sum(1) == pytest.approx(np.ones(90), abs=1e-5)
@@ -152,7 +152,7 @@ def test_every_method_learns_the_toy_set_with_extra_images(method: Method) -> No
 def test_every_method_goes_on_bit_by_bit_where_it_was_interrupted(method: Method, tmp_path: Path) -> None:
     images, chosen, checkpoint = (
         long_tailed(),
-        section(train_steps=12, second_stage_steps=8, save_every_steps=5),
+        section(train_steps=12, second_stage_fraction=0.67, save_every_steps=5),
         tmp_path / "c.safetensors",
     )
 
@@ -180,23 +180,23 @@ def test_every_method_goes_on_bit_by_bit_where_it_was_interrupted(method: Method
 def test_a_second_stage_leaves_the_backbone_bit_equal(method: Method) -> None:
     images, first = real_images(*toy(9)), {"crt": "cross_entropy", "lws": "cross_entropy", "tau_norm": "cross_entropy", "mislas": "mixup"}
     alone = weights_of(images, method=first[method], tau_norm_holdout=0.0)
-    after = weights_of(images, method=method, tau_norm_holdout=0.0, second_stage_steps=3)
+    after = weights_of(images, method=method, tau_norm_holdout=0.0, second_stage_fraction=0.1)
     assert {name for name in alone if not torch.equal(alone[name], after[name])} == {"classifier.weight", "classifier.bias"}
 
 
 def test_mislas_may_shift_the_running_means_and_nothing_else_of_the_backbone() -> None:
     images = real_images(*toy(9))
     alone = weights_of(images, method="mixup")
-    after = weights_of(images, method="mislas", second_stage_steps=3, mislas_shift_batch_norm=True)
+    after = weights_of(images, method="mislas", second_stage_fraction=0.1, mislas_shift_batch_norm=True)
     changed = {name.rpartition(".")[2] for name in alone if not torch.equal(alone[name], after[name]) and "classifier" not in name}
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
 
 
 def test_a_second_stage_after_a_last_phase_on_real_images_draws_no_extra_one() -> None:
     images, extra = real_images(*toy(40)), toy(20, seed=5)
-    alone = weights_of(images, method="crt", second_stage_steps=5)
-    assert same(alone, weights_of(images.add(*extra), method="crt", second_stage_steps=5, real_only_fraction=1.0))
-    assert not same(alone, weights_of(images.add(*extra), method="crt", second_stage_steps=5))
+    alone = weights_of(images, method="crt", second_stage_fraction=0.2)
+    assert same(alone, weights_of(images.add(*extra), method="crt", second_stage_fraction=0.2, real_only_fraction=1.0))
+    assert not same(alone, weights_of(images.add(*extra), method="crt", second_stage_fraction=0.2))
 
 
 def test_images_that_choose_tau_are_never_trained_on() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,59 @@ def test_a_folder_moves_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(StorageError, match="Permission denied"):
         store.move_folder(tmp_path / "b", tmp_path / "d")
     assert names(tmp_path) == ["b"]
+
+
+def test_a_folder_in_the_making_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+    monkeypatch.setattr(os, "sync", lambda: seen.append(("sync", (tmp_path / "out").exists())))
+    with store.building(tmp_path / "out", 0) as building:
+        building.write("a/b", [b"one", b"", b"two"])
+        building.write("c", iter([b"3"]))
+        assert (building.files, building.bytes) == (2, 7)
+        assert not (tmp_path / "out").exists()
+    assert seen == [("sync", False)]
+    assert (tmp_path / "out" / "a" / "b").read_bytes() == b"onetwo"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_whose_making_fails_leaves_what_was_there(replace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    if replace:
+        store.write_bytes(out / "old", b"old")
+
+    replace_path = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError(errno.EIO, "no")
+        return replace_path(self, target)
+
+    with pytest.raises(ZeroDivisionError), store.building(out, 0, replace=replace) as building:
+        building.write("new", [bytes(1 // 0)])
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(StorageError), store.building(out, 0, replace=replace) as building:
+        building.write("file", [b"x"])
+    monkeypatch.undo()
+    assert names(tmp_path) == (["out"] if replace else [])
+    assert not replace or names(out) == ["old"]
+    with store.building(out, 0, replace=replace) as building:
+        building.write("file", [b"x"])
+    assert names(out) == ["file"]
+
+
+def test_one_process_at_a_time_makes_a_folder_and_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
+    def full() -> Iterator[bytes]:
+        yield b"x"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with store.building(tmp_path / "out", 10), pytest.raises(ConflictError), store.building(tmp_path / "out", 10):
+        raise AssertionError
+    (tmp_path / "out").rmdir()
+    with pytest.raises(StorageError, match="No space left") as told, store.building(tmp_path / "out", 10) as building:
+        building.write("file", full())
+    assert "free at least 10 bytes" in told.value.remedy
+    assert names(tmp_path) == []
 
 
 def test_a_folder_of_other_files_is_not_taken_for_a_run(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 from diffrc_cli import console
+from diffrc_cli.evaluate import FeaturesOption
 from diffrc_cli.options import DataOption, JsonOption, PrecisionOption, RunOption, SetOption
 from diffrc_cli.synth import EngineOption
 from engines.errors import UsageError
@@ -40,6 +41,7 @@ def quality(
     names: ClassOption = None,
     engine: EngineOption = None,
     precision: PrecisionOption = None,
+    features: FeaturesOption = None,
     run: RunOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -58,7 +60,9 @@ def quality(
     folder = open_run(run, (*(overrides or ()), *chosen))
     classes = tail_classes(folder, names or ())
     with console.progress() as report:
-        found = bench_quality(folder, prepare(folder.recipe.data, data), settings, classes, n, report=report, tell=console.note)
+        found = bench_quality(
+            folder, prepare(folder.recipe.data, data), settings, classes, n, report=report, tell=console.note, extractor=features
+        )
     if json:
         console.emit_json(found.to_json())
         return
@@ -76,8 +80,8 @@ def show(quality: Quality) -> None:
     rows.append(("real images", *blank, _spread(real.frechet, 2), f"{real.frechet_train:.2f}", f"{real.hit_rate:.1f}", "1.00", "-"))
     console.table(f"{quality.images:,} images of {len(quality.classes)} classes a cell, ± 1 standard deviation", columns, rows)
     console.prose(
-        f"Frechet: distance to the {real.test_images:,} test images of these classes in the features of the run's recognizer "
-        f"({quality.judge}; not FID), and to the {real.train_images:,} training images, each class counted alike. "
+        f"Frechet: {'' if quality.distance == 'FID' else 'no FID, the '}{quality.distance}, to the {real.test_images:,} test images of "
+        f"these classes and to the {real.train_images:,} training images, each class counted alike. "
         "Real images: what as many unseen ones would score; to train: the test images; hit: the recognizer on the test images."
     )
 

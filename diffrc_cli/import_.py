@@ -1,4 +1,4 @@
-"""`diffrc import openai | diffusers`: published U-Net weights as a file that a recipe's source can start from."""
+"""`diffrc import openai | diffusers | inception`: published weights, as a file that a source starts from or that FID is measured with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from engines.networks.pretrained import WeightsCard
 
-app = typer.Typer(no_args_is_help=True, help="Published weights, for a source model that starts from them.")
+app = typer.Typer(no_args_is_help=True, help="Published weights, for a source model that starts from them or for FID.")
 
 OutOption = Annotated[
     Path | None,
@@ -75,6 +75,35 @@ def diffusers(
     target = _target(out, folder.resolve().name, force)
     weights, card = read(folder)
     _finish(weights, card, target, folder, json)
+
+
+@app.command()
+def inception(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The published pt_inception-2015-12-05-6726825d.pth.", show_default=False)],
+    out: OutOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Import the Inception-v3 that FID is measured with. It is read without running anything that it holds.
+
+    Example: diffrc import inception pt_inception-2015-12-05-6726825d.pth
+    """
+    from engines.networks.inception import read, write
+    from engines.networks.pretrained import sha256
+
+    target = _target(out, "inception-2015-12-05", force)
+    weights, card = read(file)
+    write(target, weights, card)
+    parameters, digest = sum(value.numel() for name, value in weights.items() if "running_" not in name), sha256(target)
+    if json:
+        found = {"file": target, "sha256": digest, "parameters": parameters, "origin": {"file": card.file, "sha256": card.sha256}}
+        console.emit_json({**found, "is_fid": card.is_fid})
+        return
+    console.say(f"read {file}: {parameters:,} parameters, sha256 {card.sha256[:16]}")
+    console.say(f"wrote {target}: {target.stat().st_size / 2**20:,.1f} MiB, sha256 {digest[:16]}")
+    if not card.is_fid:
+        console.note("warning: these are not the published weights, so a Frechet distance in their features is no FID and is not called so")
+    console.say(f"next: diffrc evaluate --features {target}")
 
 
 def _target(out: Path | None, name: str, force: bool) -> Path:

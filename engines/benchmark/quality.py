@@ -127,6 +127,7 @@ class Quality:
     classes: tuple[str, ...]
     images: int  # a cell
     judge: str
+    distance: str  # what the Frechet distance must be called: "FID" in the published features of Inception alone
     real: Real
     rows: tuple[Row, ...]
     scales: bool  # the cells differ in their guidance scale too
@@ -193,6 +194,7 @@ def bench_quality(
     workers: int = 0,
     report: Report = silent,
     tell: Callable[[str], None] = lambda _: None,
+    extractor: Path | None = None,
 ) -> Quality:
     """Make and judge the images of every cell; keep the table in `bench/quality/quality.json` and the chart beside it.
 
@@ -205,6 +207,7 @@ def bench_quality(
         workers: batches that run side by side; 0 = one a processor.
         report: hears "recognizer" once, then each cell by its name.
         tell: hears which engine was chosen and why.
+        extractor: a file of `diffrc import inception`, in whose features images are compared; None = the run's recognizer.
 
     Raises:
         UsageError: too few images a class, made or real, to measure variety; a setting that is none; a stage that is not trained.
@@ -226,7 +229,7 @@ def bench_quality(
         told.add(words)
 
     with store.locked(folder), catch_signals() as stop:
-        judge = open_judge(run, longtail, _stopping(report, stop))
+        judge = open_judge(run, longtail, _stopping(report, stop), extractor)
         reference = _Reference.of(judge, longtail, classes)
         results: list[Mapping[str, Any]] = []
         for setting, recipe in zip(settings, every, strict=True):
@@ -245,6 +248,7 @@ def bench_quality(
             classes=tuple(longtail.names[k] for k in classes),
             images=each * len(classes),
             judge=judge.name,
+            distance=judge.distance,
             real=reference.scores(each * len(classes)),
             rows=tuple(rows),
             scales=len({row.scale for row in rows}) > 1,

@@ -74,7 +74,7 @@ def row(sampler: str = "ddpm", steps: int = 250, frechet: float = 1.0, hit: floa
 
 def table(*rows: Row) -> Quality:
     real = Real(350, 127, estimate(0.5), 1.2, 93.0, 0.8)
-    return Quality(("seven", "eight"), 70, "resnet8", real, rows, len({r.scale for r in rows}) > 1, "quality.png")
+    return Quality(("seven", "eight"), 70, "resnet8", "Frechet distance", real, rows, len({r.scale for r in rows}) > 1, "quality.png")
 
 
 def test_a_cell_holds_as_many_images_of_each_class_and_the_table_is_kept(run: RunFolder, longtail: LongTail) -> None:

@@ -70,7 +70,7 @@ def test_a_run_that_is_not_exported_says_what_to_type(latest: Path, capsys: pyte
 def test_what_was_not_timed_and_several_scales_have_their_place(capsys: pytest.CaptureFixture[str]) -> None:
     figure = Estimate(1.0, 0.25)
     rows = tuple(Row("ddim", 10, scale, 10, 4, 0, "onnx fp32", None, figure, figure, figure, figure, {}, "folder") for scale in (0.1, 0.5))
-    show(Quality(("a", "b"), 4, "resnet8", Real(8, 6, figure, 1.5, 90.0, None), rows, True, "chart.png"))
+    show(Quality(("a", "b"), 4, "resnet8", "FID", Real(8, 6, figure, 1.5, 90.0, None), rows, True, "chart.png"))
     out = capsys.readouterr().out
     assert "0.5" in out
     assert "1.00±0.25" in out

@@ -11,6 +11,7 @@ import pytest
 from diffrc_cli.app import main
 from engines import store
 from engines.data.longtail import prepare
+from engines.networks import inception
 from engines.recipe import load
 from engines.store import RunFolder
 from engines.synthesis.sheet import Record, encode_png, pixels_sha256
@@ -106,6 +107,21 @@ def test_features_of_no_inception_file_are_refused_before_any_work(
         assert problem in err
         assert remedy in err
     assert not (synthesized.evaluation / "cells").exists()
+
+
+def test_the_word_fid_stands_where_the_published_inception_judged_and_nowhere_else(
+    synthesized: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "_STEM", (inception.Conv("Conv2d_1a_3x3", 4, (3, 3), 2),))
+    monkeypatch.setattr(inception, "_BLOCKS", {"Mixed_7c": ((inception.Conv("branch1x1", 8),),)})
+    monkeypatch.setattr(inception, "FEATURES", 8)
+    weights = inception.Inception().state_dict()
+    for sha256, words in ((f"6726825d{'0' * 56}", "FID  "), ("1" * 64, "not the published weights); no FID, comparable")):
+        inception.write(tmp_path / "i.safetensors", weights, inception.InceptionCard("i.pth", sha256))
+        out, _ = diffrc(capsys, "evaluate", "--run", str(synthesized.path), "--features", str(tmp_path / "i.safetensors"))
+        assert words in out
+        assert ("Frechet distance" in out) == (sha256[0] == "1")
+        assert store.read_json(synthesized.evaluation / "trust.json")["extractor"]["is_fid"] == (sha256[0] == "6")
 
 
 def test_a_run_without_synthetic_images_says_what_to_type(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,6 +230,55 @@ def test_every_published_network_can_be_the_source_of_a_recipe() -> None:
         assert recipe_table(card)["unet"]["model_channels"] in (192, 256)
 
 
+# --------------------------------------------------------------------------------------------------------------- inception
+
+
+@pytest.fixture
+def inception_file(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """./inception.pth, such as the published one, of a network of two layers."""
+    from engines.networks import inception
+
+    monkeypatch.setattr(inception, "_STEM", (inception.Conv("Conv2d_1a_3x3", 4, (3, 3), 2),))
+    monkeypatch.setattr(inception, "_BLOCKS", {"Mixed_7c": ((inception.Conv("branch1x1", 8),),)})
+    monkeypatch.setattr(inception, "FEATURES", 8)
+    last = {"fc.weight": torch.zeros(1008, 8), "fc.bias": torch.zeros(1008)}
+    torch.save({**inception.Inception().state_dict(), **last}, "inception.pth")  # noqa: TID251 (what others have published)
+    return Path("inception.pth")
+
+
+def test_an_inception_file_is_imported_and_only_the_published_one_is_called_fid(
+    inception_file: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.networks import inception
+
+    assert run("import", "inception", inception_file) == 0
+    captured = capsys.readouterr()
+    assert "diffrc evaluate --features inception-2015-12-05.safetensors" in captured.out
+    assert "no FID" in captured.err
+    monkeypatch.setattr(inception, "PUBLISHED_SHA256", sha256(inception_file)[:8])
+    assert run("import", "inception", inception_file, "--out", "i.safetensors", "--json") == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err == ""
+    assert found["is_fid"]
+    assert found["origin"] == {"file": "inception.pth", "sha256": sha256(inception_file)}
+    assert inception.load(Path("i.safetensors"))[1].is_fid
+
+
+@pytest.mark.usefixtures("inception_file")
+def test_refusals_of_import_inception(capsys: Captured) -> None:
+    torch.save({"out.2.weight": Bomb()}, "bomb.pth")  # noqa: TID251 (what others may have published)
+    torch.save({"out.2.weight": torch.zeros(2)}, "other.pth")  # noqa: TID251 (what others have published)
+    for name, expected, cause in (
+        ("nowhere.pth", 3, "cannot read"),
+        ("bomb.pth", 3, "nothing was run"),
+        ("other.pth", 3, "is not the Inception-v3 of FID"),
+    ):
+        code, told, advice = refused(capsys, "import", "inception", name)
+        assert (code, cause in told, "pytorch-fid" in advice) == (expected, True, True), (told, advice)
+    assert not Path("canary").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- export --diffusers
 
 

@@ -13,6 +13,7 @@ from engines.data.longtail import LongTail, prepare
 from engines.errors import DataError
 from engines.evaluation import judge
 from engines.evaluation.judge import open_judge
+from engines.networks import inception
 from engines.store import RunFolder
 
 
@@ -50,6 +51,28 @@ def test_other_settings_and_other_images_make_another_judge(run: RunFolder, long
     assert len(judges) == 3
     weight = run.recipe.model_copy(update={"recognizer": section.model_copy(update={"synthetic_weight": 0.9})})
     assert open_judge(RunFolder(run.path, weight), longtail).digest in judges, "of synthetic images it has seen none"
+
+
+def test_with_an_inception_file_its_features_count_and_the_recognizers_labels(
+    run: RunFolder, longtail: LongTail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "_STEM", (inception.Conv("Conv2d_1a_3x3", 4, (3, 3), 2),))
+    monkeypatch.setattr(inception, "_BLOCKS", {"Mixed_7c": ((inception.Conv("branch1x1", 8),),)})
+    monkeypatch.setattr(inception, "FEATURES", 8)
+    network = inception.Inception().eval()
+    names = {}
+    for sha256 in ("6726825d" + "0" * 56, "1" * 64):
+        card = inception.InceptionCard("inception.pth", sha256)
+        inception.write(tmp_path / "i.safetensors", network.state_dict(), card)
+        other, own = open_judge(run, longtail, extractor=tmp_path / "i.safetensors"), open_judge(run, longtail)
+        pixels = longtail.test.pixels(np.arange(5))
+        assert np.array_equal(other.look(pixels)[0], inception.features(network, pixels))
+        assert np.array_equal(other.look(pixels)[1], own.look(pixels)[1])
+        names[other.digest] = (other.is_fid, other.distance)
+        assert own.digest not in names
+    (fid, fid_name), (plain, plain_name) = names.values()
+    assert (fid, fid_name, plain) == (True, "FID", False)
+    assert plain_name.startswith("Frechet distance in the features of Inception-v3 (inception.pth, not the published weights)")
 
 
 def test_a_damaged_file_is_told(run: RunFolder, longtail: LongTail) -> None:

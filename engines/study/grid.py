@@ -37,7 +37,7 @@ class Key:
     seed: int
 
 
-def tested_images(study: Study, data: LongTail) -> ImageSet:
+def images_tested(study: Study, data: LongTail) -> ImageSet:
     """What the recognizers are tested on. Raises DataError where the long tail leaves nothing out to choose on."""
     if study.split == "test":
         return data.test
@@ -75,7 +75,7 @@ def train_grid(
         weight = arm.recipe.recognizer.synthetic_weight
         if arm.images == "synthetic":
             extra = images_of(arm, seed)
-            refuse_test_images(extra, tested_images(study, data[name]))
+            refuse_test_images(extra, images_tested(study, data[name]))
             return real.add(extra.pixels, extra.labels, weight)
         extra = replay(train, filled(arm, data[name]), seed)
         duplicates = arm.images == "replay"
@@ -83,7 +83,7 @@ def train_grid(
 
     def cell(key: Key) -> Cell:
         section = by_name[key.arm].recipe.recognizer
-        tested = all_pixels(tested_images(study, data[key.arm]))
+        tested = all_pixels(images_tested(study, data[key.arm]))
         classes = len(data[key.arm].names)
         digest = cell_digest(images(key.arm, key.seed), section, key.method, key.seed, tested)
         path = cells / f"{digest[:24]}.json"
@@ -122,7 +122,7 @@ def rows_of(
     """
 
     def row(arm: Arm, method: Method) -> dict[str, Any]:
-        labels, groups = tested_images(study, data[arm.name]).labels, data[arm.name].groups
+        labels, groups = images_tested(study, data[arm.name]).labels, data[arm.name].groups
         found = {key.seed: p for key, p in predicted.items() if (key.arm, key.method) == (arm.name, method)}
         by_seed = [group_accuracy(class_accuracy(p, labels, len(groups)), groups) for p in found.values()]
         figures = {c: asdict(summarize([f[c] for f in by_seed])) for c in COLUMNS if by_seed and c in by_seed[0]}
@@ -137,7 +137,7 @@ def rows_of(
         same = name in by_name and data[name].kept_sha256 == data[arm.name].kept_sha256
         if name == arm.name or not seeds or not same:
             return None
-        labels, groups = tested_images(study, data[arm.name]).labels, data[arm.name]
+        labels, groups = images_tested(study, data[arm.name]).labels, data[arm.name]
         of_column = np.isin(labels, groups.classes_of(column_of(study, groups)))
         ours, theirs = (np.stack([predicted[Key(a, method, s)] == labels for s in seeds])[:, of_column] for a in (arm.name, name))
         interval = paired_difference(ours, theirs, labels[of_column])
@@ -149,5 +149,5 @@ def rows_of(
 
 def column_of(study: Study, data: LongTail) -> str:
     """The rarest group that is tested: what the comparisons are about."""
-    tested = {data.groups[label] for label in np.unique(tested_images(study, data).labels)}
+    tested = {data.groups[label] for label in np.unique(images_tested(study, data).labels)}
     return next(group for group in reversed(GROUPS) if group in tested)

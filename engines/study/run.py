@@ -24,7 +24,7 @@ from engines.progress import Report, silent
 from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.study import lanes
-from engines.study.grid import Key, Labels, column_of, filled, methods_of, rows_of, tested_images, train_grid
+from engines.study.grid import Key, Labels, column_of, filled, images_tested, methods_of, rows_of, train_grid
 from engines.study.plan import Arm, Study
 from engines.study.processes import Slot, Task, run_tasks, slots
 from engines.training import reuse
@@ -82,9 +82,8 @@ def run_study(
         if len(done) < study.seeds:
             tell(f"the budget of {budget_hours:g} hours was enough for {len(done)} of {study.seeds} seeds; the same command continues")
         likeness = judge_arms(study, arms, done, data, out, report)
-        found = document(study, arms, data, predicted, likeness, out) | {
-            "seconds": round(time.monotonic() - started, 1),
-        }
+        found = document(study, arms, data, predicted, likeness, out)
+        found |= {"seconds": round(time.monotonic() - started, 1), "command": command}
         store.write_json(out / DOCUMENT, found)
         store.write_text(out / PAGE, render_study(found))
     return found
@@ -182,7 +181,7 @@ def judge_arms(
     """What `trust` says of the first seed's images, by arm, as plain JSON values; of the tested images as the reference."""
     found: dict[str, dict[str, Any]] = {}
     for arm in _making(arms) if seeds else ():
-        tail = replace(data[arm.name], test=tested_images(study, data[arm.name]))
+        tail = replace(data[arm.name], test=images_tested(study, data[arm.name]))
         judge = open_judge(RunFolder(out, arm.recipe), tail, report)
         found[arm.name] = judge_images(judge, tail, images_in(out, data)(arm, seeds[0])).to_json()
     return found

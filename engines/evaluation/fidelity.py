@@ -18,6 +18,7 @@ Labels = npt.NDArray[np.int64]
 
 RESAMPLES = 200
 SPLITS = 20
+ROWS = 1024  # of a block of distances
 
 # ---------------------------------------------------------------------------------------------------- Frechet distance
 
@@ -121,10 +122,13 @@ def mean_pairwise_distance(features: npt.NDArray[Any]) -> float:
     """Mean Euclidean distance between two different images: (N, D), N >= 2. Unbiased: it does not grow with N."""
     x = np.asarray(features, dtype=np.float64)
     x = x - x.mean(0)  # for the rounding of what follows
-    squares = np.square(x).sum(1)
-    distances = np.sqrt((squares[:, None] + squares - 2 * x @ x.T).clip(min=0))  # (N, N)
-    np.fill_diagonal(distances, 0.0)
-    return float(distances.sum() / (len(x) * (len(x) - 1)))
+    squares, total = np.square(x).sum(1), 0.0
+    for start in range(0, len(x), ROWS):
+        rows = slice(start, start + ROWS)
+        distances = np.sqrt((squares[rows, None] + squares - 2 * x[rows] @ x.T).clip(min=0))  # (B, N)
+        np.fill_diagonal(distances[:, start:], 0.0)
+        total += float(distances.sum())
+    return total / (len(x) * (len(x) - 1))
 
 
 def class_distances(features: npt.NDArray[Any], labels: Labels) -> dict[int, float]:

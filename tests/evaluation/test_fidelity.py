@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 from scipy.spatial.distance import pdist
 
+from engines.evaluation import fidelity
 from engines.evaluation.fidelity import (
     Gaussian,
     bootstrap,
@@ -119,10 +120,12 @@ def test_the_hit_rate_counts_each_class_alike() -> None:
     assert hit_rate(asked, asked) == 100
 
 
-def test_the_mean_pairwise_distance_is_that_of_scipy() -> None:
+def test_the_mean_pairwise_distance_is_that_of_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(0, 30, 7) + 100
     assert mean_pairwise_distance(x) == pytest.approx(pdist(x).mean(), rel=1e-9)
     assert mean_pairwise_distance(np.ones((4, 3))) == 0
+    monkeypatch.setattr(fidelity, "ROWS", 7)
+    assert mean_pairwise_distance(x) == pytest.approx(pdist(x).mean(), rel=1e-9)
 
 
 def test_distances_of_classes_leave_out_those_of_one_image() -> None:

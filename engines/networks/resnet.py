@@ -77,7 +77,9 @@ class BasicBlock(nn.Module):
 
 
 class NormalizedLinear(nn.Linear):
-    """Logits scale * cos(w_k, f), without a bias: the classifier of LDAM (Cao et al. 2019): (B, D) -> (B, K).
+    """Logits scale * cos(w_k, f), without a bias: the classifier of LDAM (Cao et al. 2019): (B, D) -> (B, K) float32.
+
+    In float32 also under autocast: bf16 would round a logit near 30 to eighths.
 
     Args:
         linear: whose weights it starts from.
@@ -91,7 +93,8 @@ class NormalizedLinear(nn.Linear):
             self.weight.copy_(linear.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight))
 
 
 def resnet32(image_channels: int, classes: int, generator: torch.Generator | None = None) -> ResNet:

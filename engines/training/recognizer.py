@@ -38,8 +38,6 @@ from engines.training.rebalance import (
 )
 from engines.training.second_stage import ScaledLinear, balanced_indices, best_tau, fresh_classifier, tau_normalized
 
-Loss = Method
-LOSSES: tuple[Method, ...] = ("cross_entropy", "balanced_softmax")
 MIXED: tuple[Method, ...] = ("mixup", "remix", "mislas")  # first stage on pairs of images
 TWO_STAGES: tuple[Method, ...] = ("crt", "lws", "mislas")  # a second one on a frozen backbone
 PREDICTION_BATCH = 512

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engines.errors import DataError, NumericsError
+from engines.networks.resnet import NormalizedLinear
 from engines.progress import Report
 from engines.recipe import METHODS, Method, RecognizerSection
 from engines.training.recognizer import (
@@ -227,3 +228,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_no_checkpoint_is_written_unless_the_recipe_says_how_often(tmp_path: Path) -> None:
     train_recognizer(real_images(*toy(9)), 3, section(train_steps=2), "cross_entropy", 0, checkpoint=tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_cosines_are_not_rounded_to_bf16() -> None:
+    classifier = NormalizedLinear(torch.nn.Linear(64, 10), scale=30.0)
+    f = torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = classifier(f)
+    assert torch.equal(rounded, classifier(f))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,10 @@ def test_the_papers_figures_stand_beside_ours_in_a_column_of_their_own(study_doc
     assert "<td><i>71.3</i></td>" in text
 
 
-def test_a_difference_is_drawn_with_its_interval_and_named_after_both_arms(study_document: Document) -> None:
-    text = render_study(study_document())
-    assert "arm no-pair against arm real" in text
+def test_a_difference_is_drawn_with_its_interval_under_the_arm_that_it_is_compared_with(study_document: Document) -> None:
+    text = render_study(study_document()).partition('<section id="differences"')[2].partition("</section>")[0]
+    assert text.count("<h4>Against arm real</h4>") == 2  # once for each way of training
+    assert "arm no-pair: ties" in text
     assert "[\N{MINUS SIGN}2.0 to +4.0]" in text
 
 
@@ -39,11 +41,19 @@ def test_a_sheet_is_embedded_where_it_is_a_picture_and_named_damaged_where_not(s
     assert text.count("is damaged") == 1
 
 
-def test_the_cost_is_the_sum_over_the_arms_and_each_arm_has_its_row(study_document: Document) -> None:
-    text = render_study(study_document())
-    assert "11 min 45 s" in text  # 5 + 700 seconds of synthesis
-    assert "12 min 46 s" in text  # and 61 of training
-    assert "11 min 40 s" in text
+def test_each_arm_has_a_bar_of_what_a_seed_of_it_took_on_one_scale(study_document: Document) -> None:
+    bars = render_study(study_document()).partition('<section id="cost"')[2].partition("<details")[0]
+    assert re.findall(r'<div class="figure">(.*?)</div>', bars) == ["1 min 06 s", "11 min 40 s"]
+    assert [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)%"', bars)] == pytest.approx(
+        [6100 / 700, 500 / 700, 100], abs=1e-3
+    )
+
+
+def test_a_study_is_headed_by_its_best_arm_and_what_that_gains(study_document: Document) -> None:
+    head = render_study(study_document()).partition("<main>")[0]
+    assert "84.0 %" in head
+    assert "Against arm real" in head
+    assert "+4.0" in head
 
 
 def test_the_command_the_changes_and_the_split_are_told(study_document: Document) -> None:

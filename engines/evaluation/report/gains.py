@@ -56,8 +56,10 @@ def tested_words(found: Mapping[str, Any]) -> str:
 
 def _words(found: Mapping[str, Any]) -> str:
     words = (
-        f"{tested_words(found)} Std is the deviation between the groups: lower is fairer. Bold is the best of its block, tinted the row "
+        f"{tested_words(found)} Std is the deviation between the groups: lower is fairer. Bold is the best of its block, tinted are rows "
         "with synthetic images."
+        if len(methods_of(found)) <= BLOCKS_SHOWN
+        else f"{tested_words(found)} Bold is the best of its column."
     )
     if twins := found.get("test_images_in_train", 0):
         words += f" The data set itself holds {plural(twins, 'test image')} that are training images too."
@@ -92,7 +94,7 @@ def _block(found: Mapping[str, Any], method: str, columns: Sequence[str]) -> str
 def _short_table(found: Mapping[str, Any], methods: Sequence[str], columns: Sequence[str]) -> str:
     """A row for each way of training: real images alone, and with synthetic ones, of the two columns that matter most."""
     told = [c for c in (found["column"], "all") if c in columns]
-    head = ["Trained with", *(f"{c.capitalize()}{words}" for c in told for words in (", real", " + synthetic"))]
+    head = ["Trained with", *(f"{c.capitalize()}{words}" for c in told for words in (", real", ", + syn\N{SOFT HYPHEN}thetic"))]
     rows = ""
     pairs = {m: (row_of(found, "real", m), row_of(found, "synthetic", m)) for m in methods}
     best = {
@@ -202,8 +204,9 @@ def _class_entry(
 ) -> str:
     name, group = found["names"][k], found["groups"][k]
     band = (before + gain["low"], before + gain["high"]) if gain else None
-    told = f" [{interval(gain)}]" if gain else ""
-    mark = charts.dumbbell(before, after, bounds, group, band, _gain_words(name, before, after))
+    told = f'<span class="spare"> [{interval(gain)}]</span>' if gain else ""
+    words = _gain_words(name, before, after) + (f", 95 % interval {interval(gain)}" if gain else "")
+    mark = charts.dumbbell(before, after, bounds, group, band, words)
     return entry(name, mark, f"{after:.0f} <small>{signed(after - before)}{told}</small>", group)
 
 

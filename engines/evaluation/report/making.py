@@ -60,21 +60,17 @@ def cost_section(parts: Parts) -> Section:
     if not parts.cost:
         return Section("cost", "What it cost", "")
     where = text(machine(parts.environment) or "this machine")
-    content = f"<p>Wall-clock time by stage, on {where}.</p>{cost_table(parts.cost)}{_prices(parts)}"
-    return Section("cost", "What it cost", content, "Cost")
-
-
-def cost_table(cost: Mapping[str, float]) -> str:
-    """A bar and a table of the seconds by stage."""
-    total = sum(cost.values())
-    styles = {what: f"c{i % STYLES}" for i, what in enumerate(cost)}
-    bar = charts.stacked_bar([Part(s, styles[what], f"{what}: {duration(s)}") for what, s in cost.items()], total, height_px=22)
+    total = sum(parts.cost.values())
+    styles = {what: f"c{i % STYLES}" for i, what in enumerate(parts.cost)}
+    bar = charts.stacked_bar([Part(s, styles[what], f"{what}: {duration(s)}") for what, s in parts.cost.items()], total, height_px=22)
     rows = ""
-    for what, spent in cost.items():
+    for what, spent in parts.cost.items():
         share = f"{100 * spent / max(total, 1e-9):.0f} %"
         rows += row(f'<i class="dot {styles[what]}"></i>{text(what)}', [duration(spent), share])
     rows += row("<b>total</b>", [f"<b>{duration(total)}</b>", ""])
-    return bar + table("Time by stage", ("Stage", "Time", "Share"), rows, "narrow")
+    shown = bar + table("Time by stage", ("Stage", "Time", "Share"), rows, "narrow")
+    content = f"<p>Wall-clock time by stage, on {where}.</p>{shown}{_prices(parts)}"
+    return Section("cost", "What it cost", content, "Cost")
 
 
 def _prices(parts: Parts) -> str:

@@ -156,7 +156,7 @@ def picture(png: bytes, words: str, caption: str = "") -> str:
     """A PNG as wide as it is, which scrolls on a phone; it is described in words. Nothing where the bytes are no PNG."""
     width = png_width(png)
     if not width:
-        return '<p class="none">A picture that belongs here is damaged.</p>'
+        return f'<p class="none">A picture that belongs here is damaged: {text(caption or words)}.</p>'
     image = f'<img alt="{text(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     frame = f'<div class="sheet" style="--w:{width}px" role="region" aria-label="{text(words)}" tabindex="0">{image}</div>'

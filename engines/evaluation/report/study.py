@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engines.evaluation import charts
 from engines.evaluation.accuracy import COLUMNS
-from engines.evaluation.charts import Measured, text
+from engines.evaluation.charts import Measured, Part, text
 from engines.evaluation.report.gains import CHANCE, figure_cell, interval_entry
-from engines.evaluation.report.making import cost_table, fact_list, recipe_text
+from engines.evaluation.report.making import STYLES, fact_list, recipe_text
 from engines.evaluation.report.page import (
     DASH,
     Section,
     block,
     duration,
     entries,
+    entry,
     folded,
+    interval,
     legend,
     listed,
     masthead,
@@ -27,14 +30,16 @@ from engines.evaluation.report.page import (
     picture,
     plural,
     row,
+    signed,
     significant,
     table,
+    tile,
 )
-from engines.evaluation.report.titles import heading_of
+from engines.evaluation.report.titles import heading_of, title_of
 from engines.evaluation.report.trust import fidelity
 
 Document = Mapping[str, Any]
-DIFFERENCES_SHOWN = 40  # of a method; of more, the rest is folded
+DIFFERENCES_SHOWN = 20  # of a method, against one arm; of more, the rest is folded
 SHEETS_SHOWN = 12
 WORDS = {
     "test": "test images that nothing was trained or chosen on",
@@ -46,8 +51,9 @@ def render_study(document: Document) -> str:
     """The whole page of a study.json; any field may be missing, and every text in it is escaped.
 
     Args:
-        document: plain JSON values. Of `arms`: name, title, changes, images, seconds by stage, the paper's figures by column, `rows` (a
-            method, its figures by column, and its differences `against` other arms), `fidelity` as trust.json, and `sheet_png`.
+        document: plain JSON values. Of `arms`: name, title, changes, images, seconds of one seed by stage, the paper's figures by
+            column, `rows` (a method, its figures by column, and its differences `against` other arms), `fidelity` as trust.json, and
+            `sheet_png` in base64.
     """
     title = str(document.get("title") or document.get("name") or "Study")
     sections = (
@@ -60,7 +66,7 @@ def render_study(document: Document) -> str:
         Section("reproduce", "How to reproduce it", _reproduce(document), "Reproduce"),
     )
     footer = "Made by DiffRC. Generated images are synthetic; their files say so."
-    return page(title, masthead(str(document.get("name") or "study"), title, _told(document), ""), sections, footer)
+    return page(title, masthead(str(document.get("name") or "study"), title, _told(document), "", list(_tiles(document))), sections, footer)
 
 
 def _told(document: Document) -> str:
@@ -68,8 +74,31 @@ def _told(document: Document) -> str:
     arms, seeds = _arms(document), document.get("seeds")
     words = plural(len(arms), "arm") + (f" of the recipe {document['recipe']}" if document.get("recipe") else "")
     words += f", {plural(seeds, 'seed')} each" if isinstance(seeds, int) else ""
-    words += f", judged on {WORDS[document['test']]}" if document.get("test") in WORDS else ""
+    tested = document.get("test") or document.get("split")
+    words += f", judged on {WORDS[tested]}" if tested in WORDS else ""
     return text(words) + "."
+
+
+def _tiles(document: Document) -> Iterator[str]:
+    """The best arm of the first way of training on the classes that the study is about, and what it gains."""
+    column, methods = str(document.get("column") or ""), _methods(document)
+    rows = _rows(document, methods[0]) if methods else []
+    rows = [(arm, found) for arm, found in rows if column in (found.get("figures") or {})]
+    if rows:
+        arm, found = max(rows, key=lambda pair: float(pair[1]["figures"][column]["mean"]))
+        figure = found["figures"][column]
+        yield tile(
+            f"Best on {column}, {title_of(methods[0])}",
+            f"{figure['mean']:.1f} %",
+            f"{_title(arm)}, \N{PLUS-MINUS SIGN} {figure['spread']:.1f}",
+        )
+        for other, d in list((found.get("against") or {}).items())[:2]:
+            yield tile(
+                f"Against {_titles(document).get(other, other)}",
+                signed(d["difference"]),
+                f"points, 95 %: {interval(d)}",
+                str(d.get("outcome", "")),
+            )
 
 
 def _arms(document: Document) -> Sequence[Document]:
@@ -156,20 +185,17 @@ def _differences(document: Document) -> str:
     bounds = (-reach, reach)
     content = ""
     for method in _methods(document):
-        shown = [
-            interval_entry(f"{_title(arm)} against {titles.get(other, other)}", d, str(d.get("outcome", "")), bounds)
-            for m, arm, other, d in found
-            if m == method
-        ]
-        if not shown:
-            continue
-        content += f"<h3>{text(heading_of(method))}</h3>"
-        content += entries("".join(shown[:DIFFERENCES_SHOWN]), charts.axis(bounds), "wide")
-        if rest := shown[DIFFERENCES_SHOWN:]:
-            content += folded(f"{len(rest):,} more", entries("".join(rest), charts.axis(bounds), "wide"), len(rest))
+        of_method = [(arm, other, d) for m, arm, other, d in found if m == method]
+        content += f"<h3>{text(heading_of(method))}</h3>" if of_method else ""
+        for other in dict.fromkeys(other for _, other, _ in of_method):
+            shown = [interval_entry(_title(arm), d, str(d.get("outcome", "")), bounds) for arm, against, d in of_method if against == other]
+            content += f"<h4>Against {text(titles.get(other, other))}</h4>"
+            content += entries("".join(shown[:DIFFERENCES_SHOWN]), charts.axis(bounds), "wide")
+            if rest := shown[DIFFERENCES_SHOWN:]:
+                content += folded(f"{len(rest):,} more", entries("".join(rest), charts.axis(bounds), "wide"), len(rest))
     column = document.get("column")
     where = f" on the {text(column)} classes" if column else ""
-    words = f"Difference in points{where}: dots right of the line, the first of the two is better. {CHANCE}"
+    words = f"Difference in points{where}: right of the line the arm is better than the one it is compared with. {CHANCE}"
     return f"<p>{words}</p>{content}"
 
 
@@ -231,9 +257,7 @@ def _fidelity(document: Document) -> str:
     head = ["", "FID" if is_fid else "Frechet", "floor", "KID", "Recall", "Coverage", "Diversity", "Hit rate"]
     rows = "".join(row(text(_title(arm)), _fidelity_cells(arm["fidelity"])) for arm in arms)
     every = "".join(folded(_title(arm), fidelity(arm["fidelity"]).replace("<h3>Like real images?</h3>", "", 1), 20) for arm in arms)
-    words = (
-        "The floor is what as many real images would score: no generator gets below it. Lower is better of Frechet and KID, else higher."
-    )
+    words = "The floor is what as many real images would score. Lower is better of Frechet and KID, else higher."
     return f"<p>{words}</p>{table('Likeness to real images by arm', head, rows)}{every}"
 
 
@@ -256,28 +280,32 @@ def _fidelity_cells(trust: Document) -> list[str]:
 
 
 def _cost(document: Document) -> str:
+    """A bar for each arm: what one seed of it took, by stage. What arms share is in the bar of the first."""
     arms = [arm for arm in _arms(document) if arm.get("seconds")]
     if not arms:
         return ""
-    stages: dict[str, float] = {}
-    for arm in arms:
-        for stage, seconds in arm["seconds"].items():
-            stages[stage] = stages.get(stage, 0.0) + float(seconds)
-    rows = [
-        row(text(_title(arm)), [duration(float(arm["seconds"][s])) if s in arm["seconds"] else DASH for s in stages] + [_total(arm)])
-        for arm in arms
-    ]
+    totals = [sum(map(float, arm["seconds"].values())) for arm in arms]
+    stages = list(dict.fromkeys(stage for arm in arms for stage in arm["seconds"]))
+    styles = {stage: f"c{i % STYLES}" for i, stage in enumerate(stages)}
+    bars, rows = "", []
+    for arm, total in zip(arms, totals, strict=True):
+        seconds = {stage: float(arm["seconds"].get(stage, 0.0)) for stage in stages}
+        parts = [Part(spent, styles[stage], f"{_title(arm)}, {stage}: {duration(spent)}") for stage, spent in seconds.items()]
+        bars += entry(_title(arm), charts.stacked_bar(parts, max(totals)), duration(total))
+        rows.append(row(text(_title(arm)), [*(duration(s) if s else DASH for s in seconds.values()), f"<b>{duration(total)}</b>"]))
     where = f" on {text(document['hardware'])}" if document.get("hardware") else ""
-    by_arm = table("Time of each arm", ("", *stages, "total"), listed(rows, "study.json"))
-    return f"<p>Wall-clock time{where}, all seeds together.</p>{cost_table(stages)}{folded('Time of each arm', by_arm, len(rows))}"
-
-
-def _total(arm: Document) -> str:
-    return f"<b>{duration(sum(map(float, arm['seconds'].values())))}</b>"
+    shown = legend([(style, "", stage) for stage, style in styles.items()])
+    by_stage = folded("Time by stage", table("Time of each arm by stage", ("", *stages, "total"), listed(rows, "study.json")), len(rows))
+    words = (
+        f"Wall-clock time of one seed{where}: {duration(sum(totals))} for all arms. What an earlier arm had made already, the source model "
+        "for one, took a later one no time."
+    )
+    return f"<p>{words}</p>{shown}{entries(bars)}{by_stage}"
 
 
 def _reproduce(document: Document) -> str:
-    content = f'<pre tabindex="0">{text(document["command"])}</pre>' if document.get("command") else ""
+    command = document.get("command") or (f"diffrc study {shlex.quote(str(document['name']))}" if document.get("name") else "")
+    content = f'<pre tabindex="0">{text(command)}</pre>' if command else ""
     changed = [
         row(text(_title(arm)), ["<br>".join(f"<code>{text(change)}</code>" for change in arm["changes"])])
         for arm in _arms(document)

@@ -26,6 +26,7 @@ from engines.evaluation.report.tiles import Gallery, Tile
 
 DROPPED = {"distance": "too far", "confidence": "unsure", "both": "too far and unsure"}
 DROPPED_STYLES = {"distance": "c3", "confidence": "c1", "both": "c4"}
+YIELDS_SHOWN = 12  # classes
 GROUPS = ("many", "medium", "few")
 
 
@@ -84,9 +85,9 @@ def _yields(parts: Parts) -> str:
     words += ", ".join(f"{count:,} as {DROPPED[reason]}" for reason, count in reasons.items() if count) or f"{made - kept:,}"
     shown = [("c2", "", "kept"), *((DROPPED_STYLES[reason], "", DROPPED[reason]) for reason, count in reasons.items() if count)]
     worst = sorted(parts.made, key=lambda k: (parts.made[k][1] / parts.made[k][0], k))
-    rows = "".join(_yield_entry(parts, k) for k in worst[:ROWS_SHOWN])
-    left_out = len(worst) - ROWS_SHOWN
-    more = note(f"The {ROWS_SHOWN} classes with the smallest yields; {left_out:,} more in the table.") if left_out > 0 else ""
+    rows = "".join(_yield_entry(parts, k) for k in worst[:YIELDS_SHOWN])
+    left_out = len(worst) - YIELDS_SHOWN
+    more = note(f"The {YIELDS_SHOWN} classes with the smallest yields; {left_out:,} more in the table.") if left_out > 0 else ""
     words += ". <i>Too far</i> is outside the band of the class's real images, <i>unsure</i> is what the guide does not take for the class."
     return f"<p>{words}</p>{legend(shown)}{entries(rows)}{more}{_yield_table(parts)}"
 

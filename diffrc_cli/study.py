@@ -206,7 +206,14 @@ def _plan(study: Study, arms: Sequence[Arm], folder: Path, json: bool) -> None:
     if json:
         console.emit_json(found)
         return
-    rows = [(a["title"], a["recipe"], a["images"] or "none", " ".join(a["changes"]) or "as the recipe") for a in found["arms"]]
-    console.table(f"{study.title}: {study.seeds} seeds", ("arm", "recipe", "images a seed", "changes"), rows)
-    console.say(f"diffusion models: {found['sources']} sources, {found['targets']} targets; images: {found['images']:,}")
-    console.say(f"recognizers: {found['recognizers']}; in {folder}, where {found['ready']} of {found['parts']} sets of images are ready")
+    rows = [(a["title"], a["recipe"], a["images"] or "none", _keys(len(a["changes"]))) for a in found["arms"]]
+    console.table(f"{study.title} {study.seeds} seeds", ("arm", "recipe", "images", "changes"), rows)
+    console.prose(
+        f"{found['sources']} source and {found['targets']} target models, {found['images']:,} images in {found['parts']} sets, "
+        f"{found['recognizers']} recognizers; in {folder} {found['ready']} of the sets are ready. "
+        "--json names the keys that an arm changes."
+    )
+
+
+def _keys(count: int) -> str:
+    return "1 key" if count == 1 else f"{count} keys" if count else "none"

@@ -33,7 +33,7 @@ def test_its_top_level_is_exactly_the_two_packages(wheel: Path) -> None:
 
 
 def test_it_holds_every_recipe_module_and_data_file(wheel: Path) -> None:
-    recipes = {f"diffrc_cli/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
+    recipes = {f"diffrc_cli/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.toml")}
     files = {path.relative_to(ROOT).as_posix() for package in ("diffrc_cli", "engines") for path in (ROOT / package).rglob("*.*")}
     files = {name for name in files if "__pycache__" not in name}
     assert recipes

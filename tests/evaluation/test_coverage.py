@@ -30,8 +30,8 @@ def test_the_four_measures_are_those_of_scikit_learns_neighbors(shift: float, mo
     balls = apart <= radii(real, 5)
     assert np.array_equal(found.precise, precise)
     assert np.array_equal(found.recalled, recalled)
-    assert found.dense.mean() == pytest.approx(balls.sum() / (5 * len(generated)), abs=1e-6)
-    assert found.covered.mean() == pytest.approx(balls.any(0).mean(), abs=1e-6)
+    assert float(found.dense.mean()) == pytest.approx(float(balls.sum() / (5 * len(generated))), abs=1e-6)
+    assert float(found.covered.mean()) == pytest.approx(float(balls.any(0).mean()), abs=1e-6)
     assert 0.2 < found.precise.mean() <= 1
 
 
@@ -74,8 +74,8 @@ def test_samples_of_one_distribution_have_density_1_and_the_coverage_that_the_pa
     images = 400
     found = [support(cloud(seed, images, 3), cloud(seed + 100, images, 3)) for seed in range(6)]
     missed = np.prod([(images - i) / (2 * images - i) for i in range(1, 6)])
-    assert np.mean([f.dense.mean() for f in found]) == pytest.approx(1, abs=0.06)
-    assert np.mean([f.covered.mean() for f in found]) == pytest.approx(1 - missed, abs=0.01)
+    assert float(np.mean([f.dense.mean() for f in found])) == pytest.approx(1, abs=0.06)
+    assert float(np.mean([f.covered.mean() for f in found])) == pytest.approx(float(1 - missed), abs=0.01)
 
 
 def test_as_many_images_as_neighbors_are_too_few() -> None:

@@ -190,7 +190,7 @@ def reading(layout: Format, place: str) -> str:
         "parquet": f"from datasets import load_dataset\n\ntrain = load_dataset({at!r}, split='train')",
         "webdataset": "from glob import glob\n\nimport webdataset\n\n"
         f"shards = sorted(glob({at + '/train-*.tar'!r}))\n"
-        "train = webdataset.WebDataset(shards, shardshuffle=False).decode('pil').to_tuple('png', 'cls', 'json')",
+        "train = webdataset.WebDataset(shards, shardshuffle=False).decode('pil')",
     }[layout]
 
 
@@ -265,7 +265,7 @@ def _trust(balanced: Balanced) -> Iterator[str]:
             for row in accuracy["rows"]
         ]
         yield f"Top-1 % on {accuracy['test_images']:,} real test images, {accuracy['seeds']} seeds, mean ± sample deviation:"
-        yield _table(["trained on", "loss", *columns], rows)
+        yield _table(["trained on", "method", *columns], rows)
     rows = [[title, _figure(trust[key])] for key, title in TRUST.items() if trust.get(key) is not None]
     if rows:
         judge = trust.get("extractor", {})

@@ -1,35 +1,32 @@
 """What cleanlab's Datalab asks for: out-of-sample probabilities and features of every training image, real and synthetic.
 
-Each recognizer is kept as a cell of the run (see `engines.evaluation.cells`), so that the same command resumes.
+Each recognizer is kept in `evaluation/judge/` of the run, so that the same command resumes, and more synthetic images cost no training.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from engines import store
 from engines.data.images import Indices
 from engines.errors import UsageError
 from engines.evaluation.cells import Cell, cell_digest, run_cells
-from engines.evaluation.judge import open_judge
+from engines.evaluation.judge import JUDGE_METHOD, JUDGE_SEED, kept_recognizer, open_judge
 from engines.evaluation.synthetic import all_pixels
 from engines.progress import Report, silent
 from engines.sharing.balanced import Balanced
 from engines.store import Building
-from engines.training.recognizer import predict_probabilities, real_images, train_recognizer
+from engines.training.recognizer import TrainingImages, predict_probabilities, real_images
 
 Floats = npt.NDArray[np.float32]
 
 FOLDER = "cleanlab"
 LOOKED_AT = 512  # images in memory at a time
-_SEED = 0
 
 
 class Opinions(NamedTuple):
@@ -39,7 +36,7 @@ class Opinions(NamedTuple):
     features: Floats  # (N, D)
 
 
-def folds_of(labels: Indices, folds: int, seed: int = _SEED) -> Indices:
+def folds_of(labels: Indices, folds: int, seed: int = 0) -> Indices:
     """(N,) the fold of each image: classes are dealt out one after another, so that folds and their classes differ by one image at most.
 
     A class of fewer images than folds is missing in some folds, and one of a single image in the training of its own.
@@ -52,15 +49,15 @@ def folds_of(labels: Indices, folds: int, seed: int = _SEED) -> Indices:
 
 
 def ask(balanced: Balanced, folds: int, report: Report = silent) -> Opinions:
-    """Cross-validate the recognizer of [recognizer], balanced softmax, over the real images; ask it of the synthetic ones as well.
+    """Cross-validate the run's judge, the recognizer of [recognizer] with balanced softmax; ask it of the synthetic images as well.
 
     Recognizer i of `folds` is trained on the real images outside fold i and judges those inside. Synthetic images are dealt out to the
     folds likewise, but trained on by none: each image is judged by one network, which has not seen it. The features are those of the
-    run's judge, trained on all real images, since features of different networks cannot be compared.
+    judge itself, trained on all real images, since features of different networks cannot be compared.
 
     Args:
         folds: 2 at least.
-        report: hears "folds" in hundredths of a recognizer, "recognizer" where the judge must be trained, and "features".
+        report: hears "recognizers" in hundredths of one, and "features" in images.
 
     Raises: UsageError for more folds than real images, Interrupted, NumericsError, DataError, StorageError.
     """
@@ -73,31 +70,28 @@ def ask(balanced: Balanced, folds: int, report: Report = silent) -> Opinions:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels, labels = all_pixels(longtail.train), longtail.train.labels
     fold = np.concatenate([folds_of(part, folds) for part in (train.labels[~train.synthetic], train.labels[train.synthetic])])
-    asked_of = np.frombuffer(json.dumps([balanced.plan["plan"], *(k.tolist() for k in balanced.kept)]).encode(), np.uint8)
-    folder = balanced.run.evaluation / "cells"
+    evaluation = balanced.run.evaluation
 
-    def cell(number: int) -> tuple[Cell, Path]:
-        inside = fold[: len(labels)] == number
-        images = real_images(pixels[~inside], labels[~inside])
-        asked = np.concatenate([asked_of, pixels[inside].ravel()])
-        digest = cell_digest(images, section, "balanced_softmax", _SEED, asked)
-        name = f"fold-{number}-of-{folds}"
-        said = folder / f"{name}-{digest[:16]}.safetensors"  # named by what it depends on, since two files are not committed as one
+    def outside(number: int) -> TrainingImages:
+        rows = np.flatnonzero(fold[: len(labels)] != number)
+        return real_images(pixels[rows], labels[rows])
 
+    def cell(name: str, images: TrainingImages) -> Cell:
         def make(hear: Report) -> dict[str, Any]:
-            model = train_recognizer(images, classes, section, "balanced_softmax", _SEED, device, hear)
-            rows = np.flatnonzero(fold == number)
-            parts = [predict_probabilities(model, balanced.pixels(train, part)) for part in _blocks(rows)]
-            store.write_tensors(said, {"probabilities": torch.from_numpy(np.concatenate(parts))}, {"digest": digest})
-            return {"file": said.name, "images": len(rows)}
+            return {"images": len(images), "recognizer": kept_recognizer(evaluation, images, classes, section, device, hear)[1]}
 
-        return Cell(folder / f"{name}.json", digest, make), said
+        digest = cell_digest(images, section, JUDGE_METHOD, JUDGE_SEED, np.zeros(0, np.uint8))
+        return Cell(evaluation / "cells" / f"{name}.json", digest, make)
 
-    cells, files = zip(*(cell(number) for number in range(folds)), strict=True)
-    run_cells(cells, device, lambda _, done, total, figures: report("folds", done, total, figures))
+    cells = [cell(f"fold-{number}-of-{folds}", outside(number)) for number in range(folds)]
+    cells.append(cell("all-folds", real_images(pixels, labels)))
+    run_cells(cells, device, lambda _, done, total, figures: report("recognizers", done, total, figures))
     probabilities = np.zeros((len(train), classes), dtype=np.float32)
-    for number, file in enumerate(files):
-        probabilities[fold == number] = store.read_tensors(file)["probabilities"].numpy()
+    for number in range(folds):
+        model, _ = kept_recognizer(evaluation, outside(number), classes, section, device, report)
+        rows = np.flatnonzero(fold == number)
+        for part in _blocks(rows):
+            probabilities[part] = predict_probabilities(model, balanced.pixels(train, part))
     judge = open_judge(balanced.run, longtail, report)
     features: list[Floats] = []
     for part in _blocks(np.arange(len(train), dtype=np.int64)):
@@ -124,7 +118,7 @@ def write(balanced: Balanced, order: Indices, opinions: Opinions, folds: int, bu
         "classes": list(balanced.names),
         "folds": folds,
         "recognizer": balanced.run.recipe.recognizer.architecture,
-        "method": "balanced_softmax",
+        "method": JUDGE_METHOD,
         "classes_of_one_real_image": np.flatnonzero(balanced.longtail.counts == 1).tolist(),  # their fold's recognizer did not know them
     }
     building.write(f"{FOLDER}/ids.json", [json.dumps(document, ensure_ascii=False).encode() + b"\n"])

@@ -25,6 +25,17 @@ from engines.store import RunFolder
 CARD_FILE, MARKER_FILE = "README.md", "export.json"
 VERSION = 1  # raise it when a change of the code changes what is written
 SHARD_BYTES = 256 << 20
+_WORDS = {  # for what fixes an export
+    "format": "the format",
+    "splits": "the splits",
+    "cleanlab_folds": "what is there for cleanlab",
+    "shard_bytes": "the size of shards",
+    "recipe_sha256": "the recipe",
+    "data_kept_sha256": "the real images",
+    "plan": "the plan of the synthetic images",
+    "synthetic_sha256": "the synthetic images",
+    "evidence_sha256": "the figures for the card",
+}
 
 
 @dataclass(frozen=True)
@@ -155,8 +166,8 @@ def _is_there(out: Path, identity: dict[str, Any], force: bool) -> bool:
         return False
     again = f"--force replaces it; or {elsewhere}"
     if (marker["diffrc_export"], marker.get("digest")) != (VERSION, digest(identity)):
-        changed = [key.replace("_", " ") for key, value in identity.items() if marker.get(key) != value]
-        raise ConflictError(f"{out} holds another export: {', '.join(changed) or 'the version of DiffRC'} differ", again)
+        changed = [_WORDS[key] for key, value in identity.items() if marker.get(key) != value]
+        raise ConflictError(f"{out} holds another export (not the same: {', '.join(changed) or 'the version of DiffRC'})", again)
     if (marker.get("files"), marker.get("bytes")) != _files_and_bytes(out, marker.get("top", ())):
         raise ConflictError(f"files in {out} were changed, added or removed since it was exported", again)
     return True
@@ -175,7 +186,7 @@ def _opinions(balanced: Balanced, folds: int, report: Report, tell: Callable[[st
     steps, share = balanced.run.recipe.recognizer.train_steps, 100 * (folds - 1) / folds
     tell(
         f"cleanlab: {folds} recognizers of {steps:,} steps, each on {share:.0f} % of the {len(balanced.longtail.train):,} real images, and "
-        "the run's judge on all of them; what is kept of them already costs nothing"
+        "the run's judge on all of them; those that are kept from before cost nothing"
     )
     with store.locked(balanced.run.path):
         return cleanlab.ask(balanced, folds, report)

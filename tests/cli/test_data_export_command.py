@@ -58,7 +58,7 @@ def test_a_folder_of_other_things_exits_5_with_cause_and_remedy(run: Call) -> No
 def test_the_cost_of_cleanlab_is_told_before_it_is_spent(run: Call, tmp_path: Path) -> None:
     code, _, err = run("--out", "balanced", "--cleanlab", "--folds", "2")
     assert code == 0, err
-    assert err.index("cleanlab: 2 recognizers of 4 steps") < err.index("folds")
+    assert err.index("cleanlab: 2 recognizers of 4 steps") < err.index("recognizers  ")
     assert sorted(path.name for path in (tmp_path / "balanced" / "cleanlab").iterdir()) == [
         "features.npy",
         "ids.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from engines import store
 from engines.data.longtail import prepare
 from engines.errors import UsageError
+from engines.evaluation import judge
 from engines.sharing import cleanlab
 from engines.sharing.balanced import open_balanced
 from engines.training import recognizer
@@ -29,12 +31,14 @@ def test_each_image_is_judged_once_by_a_network_that_was_not_trained_on_it(made_
     run = store.open_run(made_copy)
     balanced = open_balanced(run, prepare(run.recipe.data, None))
     trained: dict[int, set[bytes]] = {}
+    models: list[object] = []
     judged: list[bytes] = []
 
-    def train(images: recognizer.TrainingImages, *rest: object) -> recognizer.Recognizer:
-        model = recognizer.train_recognizer(images, *rest)  # type: ignore[arg-type]
+    def keep(folder: Path, images: recognizer.TrainingImages, *rest: Any) -> tuple[recognizer.Recognizer, str]:
+        model, digest = judge.kept_recognizer(folder, images, *rest)
         trained[id(model)] = {image.tobytes() for image in images.pixels.permute(0, 2, 3, 1).contiguous().numpy()}
-        return model
+        models.append(model)  # no other object has its id
+        return model, digest
 
     def predict(model: recognizer.Recognizer, pixels: np.ndarray) -> np.ndarray:
         seen = {image.tobytes() for image in pixels}
@@ -42,7 +46,7 @@ def test_each_image_is_judged_once_by_a_network_that_was_not_trained_on_it(made_
         assert not seen & trained[id(model)]
         return recognizer.predict_probabilities(model, pixels)
 
-    monkeypatch.setattr(cleanlab, "train_recognizer", train)
+    monkeypatch.setattr(cleanlab, "kept_recognizer", keep)
     monkeypatch.setattr(cleanlab, "predict_probabilities", predict)
     said = cleanlab.ask(balanced, 2)
     rows = np.arange(len(balanced.train))
@@ -51,7 +55,7 @@ def test_each_image_is_judged_once_by_a_network_that_was_not_trained_on_it(made_
     assert np.allclose(said.probabilities.sum(1), 1, atol=1e-5)
     assert len(said.features) == len(rows)
 
-    monkeypatch.setattr(cleanlab, "train_recognizer", None)  # the same question again is answered by what was kept
+    monkeypatch.setattr(judge, "train_recognizer", None)  # the same question again is answered by what was kept
     again = cleanlab.ask(balanced, 2)
     assert np.array_equal(said.probabilities, again.probabilities)
 

@@ -88,7 +88,7 @@ def test_an_export_that_differs_is_replaced_by_force_alone_and_never_with_other_
     out = tmp_path / "out"
     share(*opened, out, "folder")
     told = refused(ConflictError, opened, out, "parquet")
-    assert "format" in told.problem
+    assert "not the same: the format" in told.problem
     assert "--force" in told.remedy
     (out / "notes.txt").write_text("mine", encoding="utf-8")
     assert "'notes.txt' lies there" in refused(ConflictError, opened, out, "parquet", force=True).problem
@@ -109,7 +109,7 @@ def test_another_number_of_synthetic_images_is_another_export(opened: Opened, tm
     run, longtail = opened
     share(run, longtail, tmp_path / "out", "parquet")
     (run.synth / "nine-0009" / "000000.png").unlink()
-    assert "synthetic sha256" in refused(ConflictError, opened, tmp_path / "out").problem
+    assert "not the same: the synthetic images" in refused(ConflictError, opened, tmp_path / "out").problem
 
 
 def test_an_export_that_fails_half_way_leaves_nothing_or_what_was_there(opened: Opened, tmp_path: Path) -> None:

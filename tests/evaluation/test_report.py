@@ -29,7 +29,7 @@ from engines.store import RunFolder
 from engines.synthesis.sheet import Record, encode_png, pixels_sha256
 
 Full = Callable[..., Parts]
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "wbr", "hr", "link", "input"}
 
 
 class Page(HTMLParser):

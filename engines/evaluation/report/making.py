@@ -143,7 +143,7 @@ def _changes(parts: Parts) -> str:
         return ""
     if not parts.changes:
         return f"<p>Nothing differs from the recipe <code>{text(parts.embedded)}</code> as it comes with DiffRC.</p>"
-    rows = [row(f"<code>{text(key)}</code>", [text(_toml(before)), f"<b>{text(_toml(now))}</b>"]) for key, before, now in parts.changes]
+    rows = [row(key_code(key), [text(_toml(before)), f"<b>{text(_toml(now))}</b>"]) for key, before, now in parts.changes]
     head = ("Key", f"In {parts.embedded}", "Here")
     title = f"What differs from the recipe {parts.embedded} as it comes with DiffRC"
     shown = table(title, head, listed(rows, "recipe.toml"), "keys")
@@ -165,6 +165,11 @@ def _facts(parts: Parts) -> str:
     return fact_list("Versions and machine", {**facts, **versions}) + fact_list(
         "Digests (sha256)", {key: value for key, value in digests.items() if value}
     )
+
+
+def key_code(key: str) -> str:
+    """A key of a recipe, which may break at its dots and underscores."""
+    return f"<code>{text(key).replace('.', '.<wbr>').replace('_', '_<wbr>')}</code>"
 
 
 def fact_list(title: str, facts: Mapping[str, Any]) -> str:

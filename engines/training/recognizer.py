@@ -102,8 +102,8 @@ def train_recognizer(
 ) -> Recognizer:
     """Train one recognizer from scratch; the same arguments give the same weights on the same machine.
 
-    What a method does with extra images is said at `rebalancing` (its tables), `draw_mixture` (pairs), `second_stage` (draws) and
-    `_tau_normalization` (none are held out).
+    What a method does with extra images is said at `rebalancing` (its tables), `draw_mixture` (pairs), `second_stage` (draws).
+    Tau-normalization holds out real images alone to choose tau, and trains on the rest and on all extra ones.
 
     Args:
         images: at least one image of weight above 0 that is not extra.

@@ -27,10 +27,11 @@ def test_tau_zero_changes_nothing_and_tau_one_makes_all_rows_one_long() -> None:
     torch.testing.assert_close(tau_normalized(before, 2.0).weight[0], torch.tensor([3.0, 4.0]) / 25)
 
 
-def test_the_best_tau_is_the_smallest_that_gets_every_held_out_class_right() -> None:
-    skewed = linear([[4.0, 0.0], [0.0, 1.0]], [0.0, 0.0])  # a rare image (1, 2) has logits 4 / 4^tau and 2: right from tau = 0.6
+def test_the_best_tau_is_the_middle_of_those_that_get_every_held_out_class_right() -> None:
+    skewed = linear([[4.0, 0.0], [0.0, 1.0]], [0.0, 0.0])  # a rare image (1, 2) has logits 4 / 4^tau and 2: right from tau = 0.6 on
     features, labels = torch.tensor([[3.0, 0.1], [3.0, 0.1], [1.0, 2.0]]), torch.tensor([0, 0, 1])
-    assert best_tau(skewed, features, labels) == pytest.approx(0.6)
+    assert best_tau(skewed, features, labels) == pytest.approx(1.3)  # of 0.6 to 2
+    assert best_tau(skewed, features[:2], labels[:2]) == 1.0  # every tau is right
     assert best_tau(skewed, features[:0], labels[:0]) == 1.0
 
 

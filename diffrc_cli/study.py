@@ -121,7 +121,7 @@ def show(document: dict[str, Any]) -> None:
     """Print a table a method: an arm a row, with the paper's figures where it prints any; then the paired differences."""
     from engines.evaluation.accuracy import TITLES
 
-    tested = "test images" if document["split"] == "test" else "held-out training images"
+    tested = "test images" if document["test"] == "test" else "held-out training images"
     seeds = "1 seed" if document["seeds"] == 1 else f"{document['seeds']} seeds, mean ± sample deviation"
     arms: Sequence[dict[str, Any]] = document["arms"]
     for method in document["methods"]:
@@ -138,6 +138,7 @@ def show(document: dict[str, Any]) -> None:
             (arm["title"], name, f"{d['difference']:+.1f}", f"{d['low']:+.1f} to {d['high']:+.1f}", d["outcome"])
             for arm, row in rows
             for name, d in row["against"].items()
+            if arm["name"] not in document["against"]  # what controls are to each other stands in the document
         ]
         if compared:
             title = f"{document['column'].capitalize()} classes, points, 95 % interval"

@@ -67,8 +67,9 @@ def test_the_papers_tables_hold_the_papers_figures() -> None:
 
 
 def test_an_arm_changes_what_it_sets_and_nothing_else() -> None:
-    for arm in resolve_arms(embedded_study("controls"), resolve):
-        changed = {key for key, _, _ in differences(resolve("digits-lt"), arm.recipe)}
+    study = embedded_study("controls")
+    for arm in resolve_arms(study, resolve):
+        changed = {key for key, _, _ in differences(resolve("digits-lt", study.set), arm.recipe)}
         assert changed <= {change.partition("=")[0] for change in arm.changes}, arm.name
 
 

@@ -370,6 +370,15 @@ def test_without_its_data_or_with_other_data_a_run_shows_the_sheets_of_its_synth
         assert len([image for image in page.all("img") if image["alt"]]) == 2
 
 
+def test_an_image_that_is_damaged_is_left_out_and_that_is_said(tmp_path: Path, digits: LongTail) -> None:
+    run = filled(tmp_path, digits)
+    store.write_bytes(run.synth / "nine-0009" / "000000.png", b"no picture")
+    parts = collect(run, digits)
+    assert len(parts.galleries[0].generated) == 1
+    assert parts.closest == []
+    assert "1 image could not be read and is left out" in render(parts)
+
+
 def test_an_image_that_is_gone_is_left_out(tmp_path: Path, digits: LongTail) -> None:
     run = filled(tmp_path, digits)
     (run.synth / "nine-0009" / "000000.png").unlink()

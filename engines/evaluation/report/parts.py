@@ -11,7 +11,7 @@ from typing import Any
 from engines import recipe as recipes
 from engines import store
 from engines.data.longtail import LongTail
-from engines.evaluation.report.tiles import Closest, Gallery, data_of_run, read_closest, read_galleries
+from engines.evaluation.report.tiles import Closest, Gallery, Unread, data_of_run, read_closest, read_galleries
 from engines.recipe import Recipe
 from engines.store import RunFolder
 
@@ -35,6 +35,7 @@ class Parts:
     galleries_left_out: int = 0  # classes that were filled and are not shown
     closest: Sequence[Closest] = ()  # generated images beside their nearest real ones, of some of the classes
     closest_left_out: int = 0
+    unread: int = 0  # images that were to be shown and are damaged, or that another version made
     sheets: Sequence[tuple[str, bytes]] = ()  # caption, PNG; shown where there is no gallery with real images
     copies: Mapping[str, Any] = field(default_factory=dict)  # synth/copies.json
     pairs: bytes = b""  # PNG of generated images beside their nearest real ones; shown where there is no `closest`
@@ -71,8 +72,9 @@ def collect(run: RunFolder, tail: LongTail | None = None, embedded: Recipe | Non
         if line.get("dropped"):
             dropped.setdefault(line["class_id"], Counter())[line["dropped"]] += 1
     tail = data_of_run(classes, tail)
-    galleries, galleries_left_out = read_galleries(run.synth, classes, lines, tail)
-    closest, closest_left_out = read_closest(run.synth, classes, copies, tail)
+    unread = Unread()
+    galleries, galleries_left_out = read_galleries(run.synth, classes, lines, tail, unread)
+    closest, closest_left_out = read_closest(run.synth, classes, copies, tail, unread)
     return Parts(
         name=run.recipe.name,
         recipe_toml=recipes.to_toml(run.recipe),
@@ -87,6 +89,7 @@ def collect(run: RunFolder, tail: LongTail | None = None, embedded: Recipe | Non
         galleries_left_out=galleries_left_out,
         closest=closest,
         closest_left_out=closest_left_out,
+        unread=len(unread.places),
         sheets=[
             (path.stem.replace("_", " ").replace("-", " "), path.read_bytes()) for path in sorted(run.synth.glob("*.png")) if path != pairs
         ],

@@ -67,6 +67,9 @@ def tail_section(parts: Parts) -> Section:
 def made_section(parts: Parts) -> Section:
     """What was generated, what of it was dropped and why, and images of some classes."""
     images = _galleries(parts) or _sheets(parts)
+    if parts.unread:
+        left_out = f"{plural(parts.unread, 'image')} could not be read and {'is' if parts.unread == 1 else 'are'} left out"
+        images += note(f"{left_out}: damaged, or of another version.")
     return Section("made", "What was made", (_yields(parts) + images) if parts.made or images else "", "Images")
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from engines.data.decode import Pixels, read_regular_file
 from engines.data.longtail import LongTail
+from engines.errors import DataError
 from engines.synthesis.sheet import MAX_PNG_BYTES, decode_png, image_path
 
 CLASSES_SHOWN, CLOSEST_CLASSES_SHOWN = 20, 12
@@ -55,8 +57,25 @@ class Gallery:
     dropped: Sequence[Tile]
 
 
+@dataclass
+class Unread:
+    """Images that are damaged or that another version made, by their place in the folder."""
+
+    places: set[str] = field(default_factory=set)
+
+    def read(self, path: Path, name: str) -> Pixels | None:
+        """The image of a synthesized PNG, None where it cannot be read or is gone."""
+        if not path.exists():
+            return None
+        try:
+            return decode_png(read_regular_file(path, MAX_PNG_BYTES), name, str(path))[0]
+        except DataError:
+            self.places.add(str(path))
+            return None
+
+
 def read_galleries(
-    folder: Path, classes: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], tail: LongTail | None
+    folder: Path, classes: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], tail: LongTail | None, unread: Unread
 ) -> tuple[list[Gallery], int]:
     """Images of some of the classes that were filled, and how many filled classes are left out.
 
@@ -65,8 +84,9 @@ def read_galleries(
         classes: the run's class table.
         lines: of the folder's manifest.
         tail: the run's data; None leaves out the originals.
+        unread: gets what cannot be read; an image that is gone is left out without a word.
 
-    Raises: DataError for a damaged image; one that is gone is left out.
+    Raises: DataError for a damaged original.
     """
     if not classes:
         return [], 0
@@ -76,33 +96,29 @@ def read_galleries(
         of_class.setdefault(line["class_id"], []).append(line)
     filled = sorted((k for k in of_class if 0 <= k < len(names)), key=lambda k: (-counts[k], k))
     shown = [filled[i * len(filled) // CLASSES_SHOWN] for i in range(CLASSES_SHOWN)] if len(filled) > CLASSES_SHOWN else filled
-    galleries = [_gallery(folder, names[k], k, of_class[k], tail) for k in shown]
+    galleries = [_gallery(folder, names[k], k, of_class[k], tail, unread) for k in shown]
     return [g for g in galleries if g.generated or g.dropped], len(filled) - len(shown)
 
 
-def _gallery(folder: Path, name: str, class_id: int, lines: Sequence[Mapping[str, Any]], tail: LongTail | None) -> Gallery:
-    kept = list(_images(folder, name, class_id, (line for line in lines if line.get("kept", True)), GENERATED_SHOWN))
-    dropped = list(_images(folder, name, class_id, (line for line in lines if not line.get("kept", True)), DROPPED_SHOWN))
-    originals = [] if tail is None else _originals(tail, class_id)
-    sides = [pixels.shape[0] for pixels, _ in (*kept, *dropped)]
+def _gallery(folder: Path, name: str, class_id: int, lines: Sequence[Mapping[str, Any]], tail: LongTail | None, unread: Unread) -> Gallery:
+    def images(of: Iterable[Mapping[str, Any]], most: int) -> list[tuple[Pixels, Mapping[str, Any]]]:
+        """The first images that can be read, with their lines; so many are tried at most, and as many again."""
+        found: list[tuple[Pixels, Mapping[str, Any]]] = []
+        for line in itertools.islice(of, 2 * most):
+            path = folder / image_path(name, class_id, int(line["index"]), bool(line.get("kept", True)))
+            if len(found) < most and (pixels := unread.read(path, name)) is not None:
+                found.append((pixels, line))
+        return found
+
+    kept = images((line for line in lines if line.get("kept", True)), GENERATED_SHOWN)
+    dropped = images((line for line in lines if not line.get("kept", True)), DROPPED_SHOWN)
     return Gallery(
         class_id,
-        max(sides, default=0),
-        [Tile(encoded(pixels)) for pixels in originals],
+        max((pixels.shape[0] for pixels, _ in (*kept, *dropped)), default=0),
+        [Tile(encoded(pixels)) for pixels in (_originals(tail, class_id) if tail else [])],
         [Tile(encoded(pixels)) for pixels, _ in kept],
         [Tile(encoded(pixels), line.get("dropped") or "") for pixels, line in dropped],
     )
-
-
-def _images(
-    folder: Path, name: str, class_id: int, lines: Iterable[Mapping[str, Any]], most: int
-) -> Iterator[tuple[Pixels, Mapping[str, Any]]]:
-    """The first images that are there, with their lines."""
-    for line in lines:
-        path = folder / image_path(name, class_id, int(line["index"]), bool(line.get("kept", True)))
-        if most and path.exists():
-            most -= 1
-            yield decode_png(read_regular_file(path, MAX_PNG_BYTES), name, str(path))[0], line
 
 
 def _originals(tail: LongTail, class_id: int) -> list[Pixels]:
@@ -119,10 +135,12 @@ class Closest:
     pairs: Mapping[str, Sequence[PairTiles]]
 
 
-def read_closest(folder: Path, classes: Mapping[str, Any], copies: Mapping[str, Any], tail: LongTail | None) -> tuple[list[Closest], int]:
+def read_closest(
+    folder: Path, classes: Mapping[str, Any], copies: Mapping[str, Any], tail: LongTail | None, unread: Unread
+) -> tuple[list[Closest], int]:
     """Generated images beside their nearest real ones, of the classes with the closest ones, and how many classes are left out.
 
-    Raises: DataError for a damaged image; a pair of which an image is gone is left out.
+    A pair of which an image is gone or cannot be read is left out. Raises DataError for a damaged real image.
     """
     if tail is None or not copies:
         return [], 0
@@ -133,11 +151,10 @@ def read_closest(folder: Path, classes: Mapping[str, Any], copies: Mapping[str, 
     limit = float(copies["copy_ratio"])
 
     def pair(name: str, closest: Mapping[str, Any]) -> tuple[PairTiles, int] | None:
-        path = folder / image_path(name, ids[name], int(Path(closest["file"]).stem))
+        generated = unread.read(folder / image_path(name, ids[name], int(Path(closest["file"]).stem)), name)
         place = places.get(closest["real"])
-        if place is None or not path.exists():
+        if generated is None or place is None:
             return None
-        generated, _ = decode_png(read_regular_file(path, MAX_PNG_BYTES), name, str(path))
         real = tail.train.subset(np.array([place])).pixels(np.array([0]))[0]
         real = real[:, ::-1] if closest["mirrored"] else real
         tile = Tile(encoded(generated), f"{closest['ratio']:.2f}", closest["ratio"] <= limit)

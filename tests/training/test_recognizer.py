@@ -236,3 +236,14 @@ def test_cosines_are_not_rounded_to_bf16() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = classifier(f)
     assert torch.equal(rounded, classifier(f))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_the_toy_set_on_a_gpu_in_bf16(method: Method, tmp_path: Path) -> None:
+    gpu, chosen = torch.device("cuda"), section(train_steps=80, second_stage_fraction=0.25, precision="bf16", save_every_steps=30)
+    model = train_recognizer(long_tailed(), 3, chosen, method, 1, gpu, checkpoint=tmp_path / "c.safetensors")
+    again = train_recognizer(long_tailed(), 3, chosen, method, 1, gpu, checkpoint=tmp_path / "c.safetensors")  # from the last step
+    pixels, labels = toy(90, seed=9)
+    assert (predict(model, pixels) == labels).mean() > 0.9
+    assert (predict(again, pixels) == predict(model, pixels)).all()

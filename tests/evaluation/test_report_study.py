@@ -52,8 +52,19 @@ def test_each_arm_has_a_bar_of_what_a_seed_of_it_took_on_one_scale(study_documen
 def test_a_study_is_headed_by_its_best_arm_and_what_that_gains(study_document: Document) -> None:
     head = render_study(study_document()).partition("<main>")[0]
     assert "84.0 %" in head
-    assert "Against arm real" in head
+    assert "It against arm real" in head
     assert "+4.0" in head
+
+
+def test_two_controls_are_compared_once_and_not_both_ways(study_document: Document) -> None:
+    document = study_document()
+    document["against"] = ["real", "no-pair"]
+    difference = {"difference": -1.0, "low": -4.0, "high": 2.0, "outcome": "ties"}
+    for row in document["arms"][0]["rows"]:
+        row["against"] = {"no-pair": difference}
+    text = render_study(document)
+    assert "Against arm real" in text
+    assert "Against arm no-pair" not in text
 
 
 def test_the_command_the_changes_and_the_split_are_told(study_document: Document) -> None:

@@ -128,14 +128,14 @@ def _commands(parts: Parts) -> str:
         command = f"diffrc run {shlex.quote(file)}"
     name = command.removeprefix("diffrc run ")
     steps = "\n".join((f"diffrc train {name}", "diffrc export", "diffrc synth --fill", "diffrc evaluate", "diffrc report"))
-    shown = f'<p>{words}</p><pre tabindex="0">{text(command)}</pre><p class="note">Or step by step, each to be looked at:</p>'
-    shown += f'<pre tabindex="0">{text(steps)}</pre>'
+    shown = f'<p>{words}</p><pre>{text(command)}</pre><p class="note">Or step by step, each to be looked at:</p>'
+    shown += f"<pre>{text(steps)}</pre>"
     return shown + recipe_text(parts.recipe_toml)
 
 
 def recipe_text(recipe_toml: str) -> str:
     """The whole recipe, folded."""
-    return folded("The recipe", f'<pre tabindex="0">{text(recipe_toml)}</pre>', recipe_toml.count("\n")) if recipe_toml else ""
+    return folded("The recipe", f"<pre>{text(recipe_toml)}</pre>", recipe_toml.count("\n")) if recipe_toml else ""
 
 
 def _changes(parts: Parts) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engines.evaluation import charts
@@ -80,25 +80,26 @@ def _told(document: Document) -> str:
 
 
 def _tiles(document: Document) -> Iterator[str]:
-    """The best arm of the first way of training on the classes that the study is about, and what it gains."""
+    """The best arm with synthetic images, by the first way of training on the classes that the study is about, and what it gains."""
     column, methods = str(document.get("column") or ""), _methods(document)
-    rows = _rows(document, methods[0]) if methods else []
-    rows = [(arm, found) for arm, found in rows if column in (found.get("figures") or {})]
+    rows = [pair for pair in (_rows(document, methods[0]) if methods else []) if column in (pair[1].get("figures") or {})]
+    rows = [(arm, found) for arm, found in rows if arm.get("kind", "synthetic") == "synthetic"] or rows
     if rows:
         arm, found = max(rows, key=lambda pair: float(pair[1]["figures"][column]["mean"]))
         figure = found["figures"][column]
-        yield tile(
-            f"Best on {column}, {title_of(methods[0])}",
-            f"{figure['mean']:.1f} %",
-            f"{_title(arm)}, \N{PLUS-MINUS SIGN} {figure['spread']:.1f}",
-        )
-        for other, d in list((found.get("against") or {}).items())[:2]:
-            yield tile(
-                f"Against {_titles(document).get(other, other)}",
-                signed(d["difference"]),
-                f"points, 95 %: {interval(d)}",
-                str(d.get("outcome", "")),
-            )
+        title = f"Best synthesis on {column}, {title_of(methods[0])}"
+        yield tile(title, f"{figure['mean']:.1f} %", f"{_title(arm)}, \N{PLUS-MINUS SIGN} {figure['spread']:.1f}")
+        against = found.get("against") or {}
+        for other in _in_order(document, against)[:2]:
+            d = against[other]
+            title, words = f"It against {_titles(document).get(other, other)}", f"points, 95 %: {interval(d)}"
+            yield tile(title, signed(d["difference"]), words, str(d.get("outcome", "")))
+
+
+def _in_order(document: Document, names: Iterable[str]) -> list[str]:
+    """Names of arms that others are compared with, in the study's order."""
+    order = [str(name) for name in document.get("against") or ()]
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _arms(document: Document) -> Sequence[Document]:
@@ -172,12 +173,13 @@ def _block(document: Document, method: str, columns: Sequence[str], papers: Sequ
 
 def _differences(document: Document) -> str:
     titles = _titles(document)
+    controls = [str(name) for name in document.get("against") or ()]
     found = [
         (method, arm, other, difference)
         for method in _methods(document)
         for arm, r in _rows(document, method)
         for other, difference in (r.get("against") or {}).items()
-        if difference
+        if difference and arm.get("name") not in controls[: controls.index(other) if other in controls else 0]  # not both ways
     ]
     if not found:
         return ""
@@ -187,7 +189,7 @@ def _differences(document: Document) -> str:
     for method in _methods(document):
         of_method = [(arm, other, d) for m, arm, other, d in found if m == method]
         content += f"<h3>{text(heading_of(method))}</h3>" if of_method else ""
-        for other in dict.fromkeys(other for _, other, _ in of_method):
+        for other in _in_order(document, dict.fromkeys(other for _, other, _ in of_method)):
             shown = [interval_entry(_title(arm), d, str(d.get("outcome", "")), bounds) for arm, against, d in of_method if against == other]
             content += f"<h4>Against {text(titles.get(other, other))}</h4>"
             content += entries("".join(shown[:DIFFERENCES_SHOWN]), charts.axis(bounds), "wide")
@@ -267,13 +269,14 @@ def _fidelity_cells(trust: Document) -> list[str]:
         found = found.get("value") if isinstance(found, Mapping) else found
         return float(found) if isinstance(found, int | float) else None
 
-    def cell(found: float | None, words: str = "") -> str:
-        return DASH if found is None else significant(found) + words
+    def cell(found: float | None) -> str:
+        return DASH if found is None else significant(found)
 
     frechet = trust.get("frechet")
     floor = frechet.get("floor") if isinstance(frechet, Mapping) else None
     others = [cell(value(key)) for key in ("kid", "recall", "coverage", "diversity")]
-    return [cell(value("frechet")), cell(floor), *others, cell(value("hit_rate"), " %")]
+    hits = value("hit_rate")
+    return [cell(value("frechet")), cell(floor), *others, DASH if hits is None else f"{hits:.1f} %"]
 
 
 # --------------------------------------------------------------------------------------------------- cost, how to repeat
@@ -300,12 +303,12 @@ def _cost(document: Document) -> str:
         f"Wall-clock time of one seed{where}: {duration(sum(totals))} for all arms. What an earlier arm had made already, the source model "
         "for one, took a later one no time."
     )
-    return f"<p>{words}</p>{shown}{entries(bars)}{by_stage}"
+    return f"<p>{words}</p>{shown}{entries(bars, style='wide')}{by_stage}"
 
 
 def _reproduce(document: Document) -> str:
     command = document.get("command") or (f"diffrc study {shlex.quote(str(document['name']))}" if document.get("name") else "")
-    content = f'<pre tabindex="0">{text(command)}</pre>' if command else ""
+    content = f"<pre>{text(command)}</pre>" if command else ""
     changed = [
         row(text(_title(arm)), ["<br>".join(f"<code>{text(change)}</code>" for change in arm["changes"])])
         for arm in _arms(document)

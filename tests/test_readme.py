@@ -96,6 +96,8 @@ def cut_down(words: list[str]) -> list[str]:
     """A command that trains, with a network of a few thousand weights and a few steps; one that measures, with little to measure."""
     if words[1] == "bench":
         return [*words, *(("--n", "14") if "quality" in words else ("--turns", "1", "--engine", "onnx", "--batch", "2"))]
+    if words[1] == "study":
+        return [*words, "--seeds", "1", *(word for item in TINY for word in ("--set", item))]
     settings = [*TINY, "data.groups=ranks", "data.group_sizes=[1, 1, 1]"] if "photos" in words else list(TINY)
     trains = words[1] in ("train", "run")
     return [*words, *(word for item in settings for word in ("--set", item) if trains)]

@@ -70,7 +70,6 @@ def run_study(
         return (time.monotonic() - started) / 3600 <= budget_hours
 
     with store.locked(out):
-        store.write_text(out / "recipe.toml", recipes.to_toml(arms[0].recipe))
         together = waves(study, arms, data, len(places))
         for i, seeds in enumerate(together):
             hear = _part(report, i, len(together))

@@ -16,6 +16,6 @@ def title_of(key: str) -> str:
 
 
 def heading_of(key: str) -> str:
-    """`title_of` as a heading begins."""
+    """`title_of` as a heading begins; cRT stays cRT."""
     title = title_of(key)
-    return title[:1].upper() + title[1:]
+    return title if title[1:2].isupper() else title[:1].upper() + title[1:]

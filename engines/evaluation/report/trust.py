@@ -7,10 +7,10 @@ from typing import Any
 
 from engines.evaluation import charts
 from engines.evaluation.charts import Series, text
+from engines.evaluation.report.gains import figure_cell
 from engines.evaluation.report.page import (
     DASH,
     Section,
-    block,
     curve_legend,
     folded,
     gallery_frame,
@@ -24,7 +24,7 @@ from engines.evaluation.report.page import (
     table,
 )
 from engines.evaluation.report.parts import Parts, methods_of
-from engines.evaluation.report.titles import heading_of, title_of
+from engines.evaluation.report.titles import title_of
 from engines.training.calibration_picture import diagram_levels
 
 WARNINGS_SHOWN = 10
@@ -127,12 +127,12 @@ def fidelity(trust: Mapping[str, Any]) -> str:
     words = f"{counted} against {against}{seen}."
     if extractor and not extractor.get("is_fid"):
         words += " Numbers of these features are comparable among themselves alone: the distance is not an FID."
-    shown = table("Likeness to real images", ("", "Value, 95 % interval", "Perfect"), rows, "measures")
+    shown = table("Likeness to real images", ("", "Value, 95 % interval", "Real images"), rows, "measures")
     return f"<h3>Like real images?</h3><p>{words}</p>{shown}{_fidelity_classes(trust)}"
 
 
 _MEASURES: Mapping[str, tuple[str, str]] = {  # title, what it says
-    "frechet": ("Frechet distance", "of means and spreads; lower is better, perfect is what as many real images score"),
+    "frechet": ("Frechet distance", "of means and spreads; lower is better, and what as many real images would score is the floor"),
     "kid": ("KID", "kernel distance; 0 where both are of one kind, lower is better"),
     "precision": ("Precision", "share of generated images that lie among real ones"),
     "recall": ("Recall", "share of real images that lie among generated ones"),
@@ -158,10 +158,10 @@ def _measure(trust: Mapping[str, Any], key: str) -> str:
     in_percent = key in ("hit_rate", "real_or_synthetic")
     ends = [float(end) for end in (value.get("low"), value.get("high")) if isinstance(end, int | float)]
     spread = f" <small>{' to '.join(_figure(end, in_percent) for end in ends)}</small>" if len(ends) == 2 else ""
-    return row(f"{text(title)} <small>{text(words)}</small>", [f"<b>{_figure(middle, in_percent)}</b>{spread}", _perfect(trust, key)])
+    return row(f"{text(title)} <small>{text(words)}</small>", [f"<b>{_figure(middle, in_percent)}</b>{spread}", _of_real(trust, key)])
 
 
-def _perfect(trust: Mapping[str, Any], key: str) -> str:
+def _of_real(trust: Mapping[str, Any], key: str) -> str:
     """What real images would score; HTML."""
     frechet, neighbors = trust.get("frechet"), trust.get("neighbors") or {}
     if key == "frechet" and isinstance(frechet, Mapping) and isinstance(frechet.get("floor"), int | float):
@@ -205,20 +205,17 @@ def _recognizers(found: Mapping[str, Any]) -> str:
     rows = [r for r in found.get("rows", ()) if calibration_of(r)]
     if not rows:
         return ""
+    variants = [v for v in ("real", "synthetic") if any(r["variant"] == v for r in rows)]
     body = ""
     for method in methods_of({"rows": rows}):
-        shown = ""
-        for r in rows:
-            if r["method"] == method:
-                figure = calibration_of(r)
-                spread = f" <small>\N{PLUS-MINUS SIGN} {figure['spread']:.1f}</small>" if figure.get("n", 1) > 1 else ""
-                shown += row(text(title_of(r["variant"])), [f"{figure['mean']:.1f}{spread}"], "ours" if r["variant"] == "synthetic" else "")
-        body += block(heading_of(method), shown, 2)
+        of_method = {r["variant"]: calibration_of(r) for r in rows if r["method"] == method}
+        body += row(text(title_of(method)), [figure_cell(of_method[v]) if v in of_method else DASH for v in variants])
     words = (
         "Expected calibration error: how far the recognizers' confidence is from how often they are right, in points; 0 is as sure as "
         "it should be."
     )
-    shown = table("Calibration error of the recognizers", ("", "ECE, points"), body, "narrow")
+    head = ("ECE, points", *(title_of(variant) for variant in variants))
+    shown = table("Calibration error of the recognizers", head, body, "narrow")
     chosen = [r for r in rows if r["variant"] in ("real", "synthetic") and r.get("bins")][:4]
     figures = ""
     for r in chosen:
@@ -234,7 +231,7 @@ _DIAGRAM = "Accuracy (up) against confidence (right): on the line a network is a
 def calibration_of(found: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row's expected calibration error in points; {} where it was not measured."""
     figure = found.get("ece") or found.get("figures", {}).get("ece")
-    return {"mean": figure, "n": 1} if isinstance(figure, int | float) else figure or {}
+    return {"mean": figure, "spread": 0.0, "n": 1} if isinstance(figure, int | float) else figure or {}
 
 
 def _guide(parts: Parts) -> str:

@@ -243,8 +243,7 @@ class SynthSection(Section):
     step_unit: Literal["sigma", "variance"] = "sigma"
     direction: Literal["toward", "away"] = "toward"
     guidance_interval: tuple[CountOrZero, CountOrZero] = (0, 10**9)  # training timesteps t, both ends included
-    # w in (1 + w) eps(y) - w eps(): above 0 toward the label, 0 = one evaluation a step, below 0 off it to more variety, -1 = no label
-    classifier_free_scale: Annotated[float, Field(ge=-1, allow_inf_nan=False)] = 0.0
+    classifier_free_scale: NonNegative = 0.0  # w in (1 + w) eps(y) - w eps(); 0 = one evaluation a step
     fused: bool = True  # one graph a guided step where it is exported and passed its gate, else the network with torch's guide
     clip_denoised: bool = True
     fill_to: CountOrZero = 0  # N_fill; 0 = the largest class

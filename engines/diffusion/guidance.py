@@ -107,12 +107,9 @@ def push_of(
 
 
 def classifier_free(with_label: Denoiser, without: Denoiser, scale: float, channels: int) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2022) as a denoiser, for a conditional network and w = scale >= -1:
+    """Classifier-free guidance (Ho & Salimans 2022) as a denoiser, for a conditional network and w = scale:
 
         eps <- (1 + w) eps(x_t, t, y) - w eps(x_t, t, null)
-
-    With w below 0 it is their weighted mean: the score of p(x) p(y | x)^(1 + w), a class with a wider border. A tail class of which
-    the network knows a few images too well gains variety so, and loses purity. At -1 the label is gone.
 
     The variance values stay those of the label.
 

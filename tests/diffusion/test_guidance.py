@@ -146,17 +146,6 @@ def test_classifier_free_guidance_is_its_formula_for_eps_and_leaves_the_variance
     assert out[:, 1:].unique().tolist() == [10.0]
 
 
-def test_classifier_free_guidance_below_0_is_a_mean_of_with_and_without_the_label() -> None:
-    def network(eps: float) -> Any:
-        return lambda x, _t: torch.full_like(x, eps)
-
-    def at(scale: float) -> float:
-        return classifier_free(network(3.0), network(1.0), scale, 1)(X, T).unique().item()
-
-    assert at(-0.25) == 0.75 * 3.0 + 0.25 * 1.0
-    assert at(-1.0) == 1.0
-
-
 def test_classifier_free_guidance_does_not_ask_for_the_null_label_at_scale_0() -> None:
     def refuse(_x: Tensor, _t: Tensor) -> Tensor:
         raise AssertionError("the network was asked")

@@ -57,7 +57,6 @@ def test_an_image_is_bit_identical_whatever_else_is_in_its_batch(runtime: str, r
         "synth.steps=ddim4",
         "synth.guidance_scale=0.0",
         "synth.classifier_free_scale=1.0",
-        "synth.classifier_free_scale=-0.3",
         "synth.seed=3",
     ],
 )

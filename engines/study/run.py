@@ -70,7 +70,7 @@ def run_study(
         return (time.monotonic() - started) / 3600 <= budget_hours
 
     with store.locked(out):
-        together = waves(study, arms, data, len(places))
+        together = waves(study, arms, data, len(places)) if budget_hours < math.inf else [list(range(study.seeds))]
         for i, seeds in enumerate(together):
             hear = _part(report, i, len(together))
             if within_budget():
@@ -98,7 +98,7 @@ def prepare_arms(arms: Sequence[Arm]) -> dict[str, LongTail]:
 
 
 def waves(study: Study, arms: Sequence[Arm], data: Mapping[str, LongTail], places: int) -> list[list[int]]:
-    """Seeds that are worked on together: as many as keep all places busy, so that a study that is cut short has whole seeds."""
+    """Seeds that are worked on together under a budget: as many as keep all places busy, so that what it is enough for is whole seeds."""
     lanes_a_seed = max(1, len({lanes.lane_of(arm.seeded(0), data[arm.name].kept_sha256) for arm in _making(arms)}))
     together = max(1, places // lanes_a_seed)
     return [list(range(first, min(first + together, study.seeds))) for first in range(0, study.seeds, together)]

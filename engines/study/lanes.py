@@ -55,7 +55,8 @@ def lane_of(recipe: Recipe, kept_sha256: str) -> str:
 
 def images_digest(recipe: Recipe) -> str:
     """What an arm's images depend on, but for the data: recipes that differ in [recognizer] alone make the same ones."""
-    return recipes.digest(recipe.model_dump(mode="json", exclude={"name", "recognizer"}))[:16]
+    table = recipe.model_dump(mode="json", exclude={"name": True, "recognizer": True, "data": {"path", "on_bad_image"}})
+    return recipes.digest(table)[:16]  # where the data lie does not count: which images they are is in the lane's name
 
 
 def made(lane: Path, recipe: Recipe) -> Made | None:

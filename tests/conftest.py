@@ -77,6 +77,7 @@ def tiny_settings() -> tuple[str, ...]:
         *(f"{stage}.{key}" for stage in stages for key in ("train_steps=4", "batch_size=8", "warmup_steps=2", "save_every_steps=2")),
         *(f"{stage}.log_every_steps=1" for stage in stages),
         *(f"{stage}.sample_every_steps=0" for stage in ("source", "target")),
+        "synth.sampler=ddpm",  # the one with noise in every step
         "synth.steps=4",
         "synth.batch_size=4",
         "synth.fused=false",  # exporting the guide takes twenty seconds: who tests that says so

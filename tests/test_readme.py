@@ -105,7 +105,13 @@ def cut_down(words: list[str]) -> list[str]:
     return [*words, *(word for item in settings for word in ("--set", item) if trains)]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.line.startswith("diffrc ")], ids=lambda c: c.line)
+OF_DIFFRC = [command for command in COMMANDS if command.line.startswith("diffrc ")]
+MEASURING = "diffrc bench"  # these take as long as all others together
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, id=c.line, marks=[pytest.mark.slow] * c.line.startswith(MEASURING)) for c in OF_DIFFRC]
+)
 def test_a_command_of_the_readme_works(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

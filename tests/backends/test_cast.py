@@ -95,7 +95,7 @@ def test_weights_beyond_fp16_become_infinite_rather_than_wrong(unet: UNet) -> No
     assert not bool(cast_unet(changed, "fp16")(*example()).isfinite().all())
 
 
-@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_the_file_has_half_precision_where_the_network_has(precision: Precision, onnx_of: Any) -> None:
     model = onnx.load_model_from_string(onnx_of(Build("onnx", precision)))
     onnx.checker.check_model(model, full_check=True)

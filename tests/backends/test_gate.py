@@ -92,7 +92,10 @@ def test_an_engine_that_agrees_is_published_with_its_precisions_limit_and_its_sp
 
 @pytest.mark.parametrize(
     "build",
-    [*(parameter for parameter in EVERY_BUILD if "fp32" not in str(parameter.id)), pytest.param(Build("onnx", "bf16"), id="onnx bf16")],
+    [
+        *(parameter for parameter in EVERY_BUILD if "fp32" not in str(parameter.id)),
+        pytest.param(Build("onnx", "bf16"), id="onnx bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_half_precision_hides_no_fault_that_float32_shows(build: Build, exported: Any, onnx_of: Any, tmp_path: Path) -> None:
     """The network has a slightly other time embedding than its file: far within a wide limit for bf16, far outside float32's."""

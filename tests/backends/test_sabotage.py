@@ -145,6 +145,7 @@ def test_the_same_file_unspoiled_is_loaded(build: Build, onnx_of: Any, card_of: 
     choice.load(EngineFile(onnx_of(build), card_of(build)), "the engine", batch=BATCH)
 
 
+@pytest.mark.slow
 def test_on_the_command_line_a_spoiled_export_ends_with_6_and_what_was_published_is_as_before(
     exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,7 @@ def test_what_is_not_published_is_made_here_and_steps_in_one_graph_with_it(tiny:
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
+@pytest.mark.slow
 def test_a_measurement_of_two_engines_is_one_document(trained: subject.Subject) -> None:
     settings = Settings(batches=(1, 2), modes=("latency",), turns=2, visit_seconds=0.01, peak_seconds=0.0, runtimes=("onnx",))
     jobs: list[str] = []

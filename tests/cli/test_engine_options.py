@@ -161,6 +161,7 @@ def test_one_engine_that_fails_keeps_no_other_from_being_tried_and_the_worst_fai
     assert not exported_once.exists()
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_batch_and_opset_reach_the_card_and_an_opset_that_openvino_would_not_survive_leaves_it_out(call: Call) -> None:
     done = call("export", "--engine", "all", "--precision", "fp32", "--batch", "5", "--opset", "21", "--json")
@@ -170,6 +171,7 @@ def test_batch_and_opset_reach_the_card_and_an_opset_that_openvino_would_not_sur
     assert "left out: openvino fp32: OpenVINO takes opsets up to 20 here, not 21" in done.err
 
 
+@pytest.mark.slow
 def test_fp16_runs_on_a_cpu_too_and_is_never_taken_unless_it_is_asked_for(call: Call) -> None:
     done = call("export", "--precision", "fp16", "--json")
     assert done.code == 0, done.err
@@ -236,6 +238,7 @@ def test_a_plan_is_built_once_run_and_never_loaded_where_its_key_is_another(call
     assert call(*NINE, "2", "--engine", "tensorrt").code == 0
 
 
+@pytest.mark.slow
 def test_a_plan_in_half_precision_is_built_from_the_file_that_was_cast(call: Call, machine: Any) -> None:
     done = call("export", "--engine", "tensorrt", "--precision", "bf16", "--json")
     assert done.code == 0, done.err

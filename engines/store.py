@@ -20,18 +20,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import safetensors
-import torch
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor
 
 from engines import recipe as recipes
 from engines.errors import ConflictError, DataError, NumericsError, StorageError, UsageError
 from engines.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported where tensors are read or written: what asks a folder's JSON alone does not wait for it
 
 DEFAULT_ROOT = Path("runs")
 CHECKPOINTS_KEPT = 2
@@ -127,6 +126,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU. Raises DataError where it is missing or damaged."""
+    from safetensors.torch import load as tensors_from_bytes
+
     try:
         return tensors_from_bytes(path.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
@@ -265,6 +266,9 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _packed(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, str] | None) -> bytes:
+    import torch
+    from safetensors.torch import save as tensors_to_bytes
+
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"{path.name}: {name} is not finite", "train again from the last checkpoint with a smaller lr")
@@ -339,6 +343,8 @@ def newest_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose every file matches its manifest, or None. Raises DataError where all are damaged."""
+    from safetensors.torch import load as tensors_from_bytes
+
     skipped: list[str] = []
     for path in _checkpoint_folders(folder):
         try:
@@ -510,6 +516,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def environment() -> dict[str, Any]:
     """What the numbers of a run depend on beside its recipe: versions, processor, threads."""
+    import torch
+
     packages = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "pillow", "scikit-learn")
     versions = {}
     for name in packages:

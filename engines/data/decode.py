@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +36,36 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
+Kind = Literal["not a file", "empty", "not an image", "bomb", "damaged"]
+
+
+class BadImage(DataError):
+    """An image that cannot be used: stops the work, or is left out, as the recipe says.
+
+    Attributes:
+        kind: "not a file": missing, a pipe, a device, too large, no permission; "bomb": more than MAX_IMAGE_PX; "damaged":
+            begins like an image and cannot be decoded to its end.
+    """
+
+    def __init__(self, kind: Kind, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy or REMEDY)
+        self.kind = kind
+
+
 class Frame(NamedTuple):
     """What every image becomes: (size_px, size_px, channels) uint8."""
 
     size_px: int
     channels: int  # 1 = gray, 3 = RGB
+
+
+class Facts(NamedTuple):
+    """What an encoded image is, before it is made to fit."""
+
+    format: str  # one of FORMATS
+    mode: str  # Pillow's: "RGB", "L", "P", "CMYK", "I;16", ...
+    width: int  # px as stored, before any EXIF rotation
+    height: int
 
 
 def decode(data: bytes, frame: Frame, origin: str) -> Pixels:
@@ -51,16 +76,22 @@ def decode(data: bytes, frame: Frame, origin: str) -> Pixels:
         origin: what the image is called in messages.
 
     Raises:
-        DataError: not such a file, truncated, damaged, or larger than MAX_IMAGE_PX.
+        BadImage: not such a file, truncated, damaged, or larger than MAX_IMAGE_PX.
     """
+    return inspect(data, frame, origin)[1]
+
+
+def inspect(data: bytes, frame: Frame, origin: str) -> tuple[Facts, Pixels]:
+    """What an encoded image is, and its pixels as `decode` gives them. Raises BadImage."""
     with _opened(data, origin) as image:
+        facts = Facts(image.format or "", image.mode, *image.size)
         image.draft(None, (2 * frame.size_px, 2 * frame.size_px))  # JPEG decodes at 1/2, 1/4, 1/8 where that leaves twice the size
         image.load()
-        return fit(ImageOps.exif_transpose(image), frame)
+        return facts, fit(ImageOps.exif_transpose(image), frame)
 
 
 def header_size(data: bytes, origin: str) -> tuple[int, int]:
-    """Original (width, height) in px as stored, before any EXIF rotation. Raises DataError as `decode` does."""
+    """Original (width, height) in px as stored, before any EXIF rotation. Raises BadImage as `decode` does."""
     with _opened(data, origin) as image:
         return image.size
 
@@ -77,36 +108,38 @@ def fit(image: Image.Image, frame: Frame) -> Pixels:
 
 
 def read_regular_file(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """A file's bytes; never hangs on a pipe or device. Raises DataError where it is missing, no regular file, or too large."""
+    """A file's bytes; never hangs on a pipe or device. Raises BadImage where it is missing, no regular file, or too large."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{path} is not a regular file", REMEDY)
+                raise BadImage("not a file", f"{path} is not a regular file")
             if status.st_size > limit_bytes:
-                raise DataError(f"{path} is larger than {limit_bytes >> 20} MiB", REMEDY)
+                raise BadImage("not a file", f"{path} is larger than {limit_bytes >> 20} MiB")
             return file.read(limit_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"cannot read {path}: {reason}", REMEDY) from None
+        raise BadImage("not a file", f"cannot read {path}: {reason}") from None
 
 
 @contextmanager
 def _opened(data: bytes, origin: str) -> Iterator[Image.Image]:
     if not data:
-        raise DataError(f"{origin} is empty (0 bytes)", REMEDY)
+        raise BadImage("empty", f"{origin} is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PX:
-                raise DataError(f"{origin} is {image.width} x {image.height} px, more than {MAX_IMAGE_PX >> 20} Mpx", REMEDY)
+                raise BadImage("bomb", f"{origin} is {image.width} x {image.height} px, more than {MAX_IMAGE_PX >> 20} Mpx")
             yield image
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{origin} is not an image in a known format ({', '.join(FORMATS)})", REMEDY) from None
+        raise BadImage("not an image", f"{origin} is not an image in a known format ({', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("bomb", f"{origin} cannot be decoded: {error}") from None
     except Exception as error:  # the parsers of damaged files raise OSError, SyntaxError, struct.error, IndexError and more
-        raise DataError(f"{origin} cannot be decoded: {str(error) or type(error).__name__}", REMEDY) from error
+        raise BadImage("damaged", f"{origin} cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -30,34 +30,41 @@ def load(data: DataSection, path: Path) -> Splits:
     Raises:
         DataError: no classes, an empty class, a test class that training lacks, a class too small to hold images out.
     """
-    if not path.is_dir():
-        raise DataError(f"{path} is a file, not a folder of images", REMEDY)
-    root = path / "train" if (path / "train").is_dir() else path
-    classes = _classes(root)
+    root, held = roots(path)
+    classes = class_folders(root)
     if root == path and classes and set(classes) <= set(TEST_FOLDERS):
         raise DataError(f"{path} has a folder {next(iter(classes))}/ but no train/", REMEDY)
     if not classes:
         raise DataError(f"{root} holds no class folders", REMEDY)
     names = sorted(classes)
-    train = _split(data, classes, names)
-    held = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None) if root != path else None
+    train = split(data, classes, names)
     if held is None:
         remedy = "add images of it" if root == path else f"add images of it, or a folder {path / 'test'}"
         return hold_out(
             train, data.test_per_class, f"{remedy}" if root != path else f"{remedy}, or give {path} a train/ and a test/ folder"
         )
-    tested = _classes(held)
+    tested = class_folders(held)
     unknown = sorted(set(tested) - set(names))
     if unknown:
         raise DataError(f"class {unknown[0]!r} of {held} is not in {root}", "every class to test needs a training folder of that name")
-    return train, _split(data, tested, names)
+    return train, split(data, tested, names)
 
 
-def _split(data: DataSection, classes: dict[str, Path], names: Sequence[str]) -> ImageSet:
+def roots(path: Path) -> tuple[Path, Path | None]:
+    """The folders that hold the training classes and the test classes; None where test images are to be held out. Raises DataError."""
+    if not path.is_dir():
+        raise DataError(f"{path} is a file, not a folder of images", REMEDY)
+    root = path / "train" if (path / "train").is_dir() else path
+    held = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None) if root != path else None
+    return root, held
+
+
+def split(data: DataSection, classes: dict[str, Path], names: Sequence[str]) -> ImageSet:
+    """The images of one split: those of the class folders that there are, label k for names[k]. Raises DataError for an empty one."""
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        members = sorted(_images(classes[name], ())) if name in classes else []
+        members = sorted(image_files(classes[name])) if name in classes else []
         if name in classes and not members:
             raise DataError(f"class folder {classes[name]} holds no image", "add images to it or remove it")
         paths += members
@@ -66,8 +73,8 @@ def _split(data: DataSection, classes: dict[str, Path], names: Sequence[str]) ->
     return image_set(data, np.array(labels, dtype=np.int64), names, reader)
 
 
-def _classes(root: Path) -> dict[str, Path]:
-    """Class folders by NFC name: two file systems may spell an accent in two ways."""
+def class_folders(root: Path) -> dict[str, Path]:
+    """Class folders by NFC name: two file systems may spell an accent in two ways. Raises DataError for names that cannot be used."""
     classes: dict[str, Path] = {}
     for folder in sorted(_listed(root)):
         if folder.name.startswith(".") or not folder.is_dir():
@@ -81,8 +88,11 @@ def _classes(root: Path) -> dict[str, Path]:
     return classes
 
 
-def _images(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Candidates below a folder. A pipe or a dangling link counts: it is refused (or skipped) when read."""
+def image_files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Candidates below a folder; `above` are the folders it lies in, by device and inode.
+
+    A pipe or a dangling link counts: it is refused (or skipped) when read.
+    """
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:  # a link to a folder above itself
@@ -91,7 +101,7 @@ def _images(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _images(path, (*above, here))
+            yield from image_files(path, (*above, here))
         elif path.suffix.lower() in SUFFIXES:
             yield path
 

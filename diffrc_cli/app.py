@@ -22,6 +22,14 @@ from engines.errors import DiffRCError, Interrupted, StorageError, UsageError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
+EVERYWHERE = {
+    "--quiet": "quiet",
+    "-q": "quiet",
+    "--verbose": "verbose",
+    "-v": "verbose",
+    "--events": "events",
+    "--debug": "debug",
+}
 INTERNAL_ERROR, USAGE_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 app = typer.Typer(
@@ -43,9 +51,16 @@ def _print_version(wanted: bool) -> None:
 def diffrc(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure; works at any place of the line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr: no progress, no notes.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="More on stderr: versions, times, a line of progress a second, what it took.")
+    ] = False,
+    events: Annotated[bool, typer.Option("--events", help="Progress, notes and errors as lines of JSON on stderr, for programs.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
 ) -> None:
     """Long-tailed recognition by guided diffusion: train, export, synthesize the tail, and see whether a recognizer got better.
+
+    These options work at any place of the line. Results go to stdout, everything else to stderr.
 
     Example: diffrc run digits-lt
     """
@@ -75,20 +90,36 @@ app.add_typer(import_.app, name="import")
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exits with the documented code; see `engines.errors`."""
     _keep_streams_alive()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    words, manner = _split(list(sys.argv[1:] if arguments is None else arguments))
+    with console.speak(words, "quiet" in manner, "verbose" in manner, "events" in manner):
+        code = _run(words, manner)
+        console.told(code)
+    sys.exit(code)
+
+
+def _split(words: list[str]) -> tuple[list[str], set[str]]:
+    """A command's words, and the names of the options that any command takes at any place before a bare `--`."""
+    end = words.index("--") if "--" in words else len(words)
+    manner = {EVERYWHERE[word] for word in words[:end] if word in EVERYWHERE}
+    return [word for i, word in enumerate(words) if i >= end or word not in EVERYWHERE], manner
+
+
+def _run(words: list[str], manner: set[str]) -> int:
+    """The exit code of a command, its failure told."""
     try:
+        if {"quiet", "verbose"} <= manner:
+            raise UsageError("--quiet and --verbose are opposites", "one of them")
         with _sigterm_unwinds():
-            code = app(args=[word for word in words if word != "--debug"], prog_name="diffrc", standalone_mode=False)
+            code = app(args=words, prog_name="diffrc", standalone_mode=False)
     except _Terminated:
         code = TERMINATED
     except Exception as failure:
-        if debug:
+        if "debug" in manner:
             traceback.print_exc()
-        sys.exit(_tell(failure))
+        return _tell(failure)
     if code in (INTERRUPTED, TERMINATED):
-        console.error("interrupted", "the same command again; training and synthesis continue where they were")
-    sys.exit(code if isinstance(code, int) else 0)
+        console.error("interrupted", "the same command again; training and synthesis continue where they were", code)
+    return code if isinstance(code, int) else 0
 
 
 class _Terminated(BaseException):
@@ -115,23 +146,26 @@ def _sigterm_unwinds() -> Iterator[None]:
 def _tell(failure: Exception) -> int:
     """Two lines on stderr, and the exit code that goes with them."""
     if isinstance(failure, DiffRCError):
-        console.error(failure.problem, failure.remedy)
-        return 128 + failure.signal_number if isinstance(failure, Interrupted) else failure.exit_code
+        code = 128 + failure.signal_number if isinstance(failure, Interrupted) else failure.exit_code
+        return _failed(failure.problem, failure.remedy, code)
     if isinstance(failure, TyperException):
         message = failure.format_message().replace(": Value error, ", ": ")  # pydantic's words for what follows anyway
-        if message:  # else the help that a bare group prints has been shown already
-            context = getattr(failure, "ctx", None)
-            command = context.command_path if context else "diffrc"
-            console.error(message[:1].lower() + message[1:].rstrip("."), f"{command} --help")
-        return USAGE_ERROR
+        if not message:  # the help that a bare group prints has been shown already
+            return USAGE_ERROR
+        context = getattr(failure, "ctx", None)
+        command = context.command_path if context else "diffrc"
+        return _failed(message[:1].lower() + message[1:].rstrip("."), f"{command} --help", USAGE_ERROR)
     if isinstance(failure, typer.Abort):
-        console.error("aborted", "the same command again")
-        return INTERRUPTED
+        return _failed("aborted", "the same command again", INTERRUPTED)
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-        console.error(f"cannot write: {failure.strerror}", "free some space, then the same command again")
-        return StorageError.exit_code
-    console.error(f"internal error: {type(failure).__name__}: {failure}", "the same command with --debug shows where; please report it")
-    return INTERNAL_ERROR
+        return _failed(f"cannot write: {failure.strerror}", "free some space, then the same command again", StorageError.exit_code)
+    problem = f"internal error: {type(failure).__name__}: {failure}"
+    return _failed(problem, "the same command with --debug shows where; please report it", INTERNAL_ERROR)
+
+
+def _failed(problem: str, remedy: str, code: int) -> int:
+    console.error(problem, remedy, code)
+    return code
 
 
 class _Outlet(io.FileIO):

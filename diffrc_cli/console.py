@@ -1,6 +1,7 @@
 """What a person sees: tables, bar charts and progress on a terminal, plain lines in a pipe, JSON on request.
 
-Results go to stdout, progress and errors to stderr, so that `diffrc ... > file` holds results alone. Rich is imported
+Results go to stdout, progress and errors to stderr, so that `diffrc ... > file` holds results alone. How much goes to stderr,
+and whether as text or as a line of JSON each, `main` says once with `speak`: no command has to know. Rich is imported
 inside the functions: `diffrc --help` does not pay for it. Text of users (class names, paths) is never read as markup.
 """
 
@@ -12,9 +13,12 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from engines.progress import peak_memory_bytes, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,9 +28,12 @@ if TYPE_CHECKING:
 
 MIN_WIDTH, MAX_WIDTH = 40, 120  # characters; a wider terminal makes lines that the eye loses
 PLAIN_INTERVAL_SECONDS = 10.0  # between two progress lines of one job where there is no terminal
+EVENT_INTERVAL_SECONDS = 1.0  # the same with --events and --verbose
+LONGEST_WORD = 16  # characters; a longer one may be broken where a table is narrow
 UNWRAPPED_CHARACTERS = 20  # columns of numbers, and of short text where there is room, are not wrapped
 GROUP_STYLES = {"many": "blue", "medium": "yellow", "few": "red"}  # beside the group's name, never instead of it
 ADDED_STYLE = "green"
+COMMANDS = ("diffrc ", "pip ", "python")  # a remedy that begins so is to be copied
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?\s?(%|(±|\+/-|\+).*)?")  # cells that read best right-aligned
 
 
@@ -37,6 +44,51 @@ class Bar(NamedTuple):
     value: float
     group: str = ""  # "many" | "medium" | "few" | ""
     added: float = 0.0
+
+
+class Manner(NamedTuple):
+    """What goes to stderr: everything but results."""
+
+    quiet: bool = False  # errors alone
+    verbose: bool = False  # each message with the seconds since the start, progress as lines, versions and what it took
+    events: bool = False  # a line of JSON each
+    began: float = 0.0  # time.monotonic()
+
+
+_manner = Manner()
+
+
+@contextmanager
+def speak(words: Sequence[str], quiet: bool = False, verbose: bool = False, events: bool = False) -> Iterator[None]:
+    """Say everything in the block in this manner; `words` are the command's, for those who log them.
+
+    Events are objects with "event" (start, progress, note, warning, error, end) and "seconds" since the start; more keys may come.
+    What packages warn of is a warning too.
+    """
+    global _manner
+    _manner = Manner(quiet, verbose, events, time.monotonic())
+    try:
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.simplefilter("ignore")
+            if events:
+                warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+                _event("start", command=["diffrc", *words], versions=_versions())
+            elif verbose:
+                note(f"{', '.join(f'{name} {version}' for name, version in _versions().items())}: diffrc {' '.join(words)}")
+            yield
+    finally:
+        _manner = Manner()
+
+
+def told(exit_code: int) -> None:
+    """The last thing that a command says: its exit code and what it took, to those who asked to be told."""
+    memory = peak_memory_bytes() if _manner.events or _manner.verbose else 0
+    if _manner.events:
+        _event("end", exit_code=exit_code, peak_memory_bytes=memory)
+    elif _manner.verbose:
+        peak = f", {size(memory)} of memory at its peak" if memory else ""
+        note(f"exit code {exit_code} after {duration(time.monotonic() - _manner.began)}{peak}")
 
 
 def say(text: str = "") -> None:
@@ -55,15 +107,39 @@ def prose(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """One line on stderr: what a command chose or does, beside its result."""
-    print(clean(text), file=sys.stderr)
+    """A sentence on stderr: what a command chose or does, beside its result. One that begins with "warning: " is one."""
+    if _manner.quiet:
+        return
+    if _manner.events:
+        kind, _, said = ("warning", "", text.removeprefix("warning: ")) if text.startswith("warning: ") else ("note", "", text)
+        _event(kind, text=said)
+        return
+    line = f"[{time.monotonic() - _manner.began:7.1f} s] {clean(text)}" if _manner.verbose else clean(text)
+    if not _is_terminal(sys.stderr) or hasattr(sys.stderr, "rich_proxied_file"):  # bars are there, and print what is printed above them
+        print(line, file=sys.stderr)
+        return
+    from rich.text import Text
+
+    _console(sys.stderr).print(Text(line))
 
 
-def error(problem: str, remedy: str) -> None:
-    """The two lines of a failure on stderr: cause and remedy, each on one line."""
+def error(problem: str, remedy: str, exit_code: int = 1) -> None:
+    """The two lines of a failure on stderr, cause and remedy. On a terminal long ones break between words, commands excepted."""
+    if _manner.events:
+        _event("error", problem=problem, remedy=remedy, exit_code=exit_code)
+        return
     console = _console(sys.stderr)
-    for label, style, text in (("error:", "bold red", problem), ("try:  ", "bold", remedy)):
-        console.print(_styled((label, style), (f" {clean(text)}", "")), soft_wrap=True)
+    for label, style, text in (("error:", "bold red", clean(problem)), ("try:  ", "bold", clean(remedy))):
+        line = _styled((label, style), (f" {text}", ""))
+        if not _is_terminal(sys.stderr) or len(line) <= console.width or text.startswith(COMMANDS):
+            console.print(line, soft_wrap=True)  # what is to be copied is one line, wherever the terminal breaks it
+            continue
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_column(no_wrap=True)
+        grid.add_row(_styled((label, style)), _styled((text, "")))
+        console.print(grid)
 
 
 def emit_json(value: Any) -> None:
@@ -77,7 +153,8 @@ def emit_json(value: Any) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on stdout. Columns of numbers are right-aligned; floats show four significant digits.
 
-    On a terminal narrow columns fold; in a pipe the columns are padded with blanks, nothing is cut.
+    On a terminal long text is broken, and where the columns do not fit each row becomes a list; in a pipe the columns are padded with
+    blanks, nothing is cut.
     """
     cells = [[_cell(value) for value in row] for row in rows]
     assert all(len(row) == len(columns) for row in cells), "every row has one cell a column"
@@ -90,6 +167,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.table import Table
     from rich.text import Text
 
+    if _least_width(columns, cells, numeric) > _width(sys.stdout):
+        _console(sys.stdout).print(*_lists(title, columns, cells), sep="\n")
+        return
     grid = Table(title=Text(clean(title)) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     widths = [max(map(len, (column, *(row[i] for row in cells)))) for i, column in enumerate(columns)]
     short = [right or width <= UNWRAPPED_CHARACTERS for right, width in zip(numeric, widths, strict=True)]
@@ -117,10 +197,11 @@ def bars(title: str, rows: Sequence[Bar], limit: int = 40) -> None:
     if not shown:
         return
     figures = {row: _figure(row) for row in rows}
-    label_width = min(max(len(clean(row.label)) for row in shown if row), 24)
     figure_width = max(len(figures[row]) for row in shown if row)
     group_width = max(len(row.group) for row in shown if row)
     console = _console(sys.stdout)
+    most = min(24, max(8, console.width - figure_width - group_width - 12))
+    label_width = min(max(len(clean(row.label)) for row in shown if row), most)
     room = max(8, console.width - label_width - figure_width - group_width - 4)
     largest = max(row.value + row.added for row in rows) or 1.0
     if title:
@@ -144,8 +225,11 @@ def progress() -> Iterator[Report]:
 
     On a terminal a live bar a job; elsewhere a plain line at the start, at most every ten seconds, and at the end.
     """
-    if not _is_terminal(sys.stderr):
-        yield PlainProgress(sys.stderr)
+    if _manner.quiet or _manner.events:
+        yield silent if _manner.quiet else EventProgress()
+        return
+    if _manner.verbose or not _is_terminal(sys.stderr) or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):  # cannot go back a line
+        yield PlainProgress(sys.stderr, EVENT_INTERVAL_SECONDS if _manner.verbose else PLAIN_INTERVAL_SECONDS)
         return
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
     from rich.table import Column
@@ -185,26 +269,74 @@ def progress() -> Iterator[Report]:
         yield report
 
 
+class Clock:
+    """When each job was first heard of, how far it was then, and when it was last told of."""
+
+    def __init__(self, interval_seconds: float) -> None:
+        self.interval_seconds = interval_seconds
+        self._began: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, float] = {}
+
+    def tick(self, what: str, done: int, total: int) -> tuple[float, float | None] | None:
+        """Seconds since the job began and its rate; None where it is too early to tell of it again."""
+        now = time.monotonic()
+        since, first = self._began.setdefault(what, (now, done))
+        if what in self._told and done < total and now - self._told[what] < self.interval_seconds:
+            return None
+        self._told[what] = now
+        return now - since, (done - first) / (now - since) if now > since and done > first else None
+
+
 class PlainProgress:
     """A report that writes lines: for pipes, logs and CI."""
 
     def __init__(self, stream: IO[str], interval_seconds: float = PLAIN_INTERVAL_SECONDS) -> None:
         self.stream = stream
-        self.interval_seconds = interval_seconds
-        self._began: dict[str, tuple[float, int]] = {}  # when each job was first heard of, and how far it was
-        self._told: dict[str, float] = {}
+        self._clock = Clock(interval_seconds)
 
     def __call__(self, what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        now = time.monotonic()
-        since, first = self._began.setdefault(what, (now, done))
-        if what in self._told and done < total and now - self._told[what] < self.interval_seconds:
+        if (found := self._clock.tick(what, done, total)) is None:
             return
-        self._told[what] = now
-        rate = (done - first) / (now - since) if now > since and done > first else None
-        clock = f"took {duration(now - since)}" if done >= total else f"ETA {duration((total - done) / rate) if rate else '-'}"
+        seconds, rate = found
+        clock = f"took {duration(seconds)}" if done >= total else f"ETA {duration((total - done) / rate) if rate else '-'}"
         speed = "" if done >= total and not rate else pace(rate)  # what was there already has no pace
         words = (clean(what), f"{done}/{total}", speed, clock, figure_text(figures))
         print("  ".join(word for word in words if word), file=self.stream, flush=True)
+
+
+class EventProgress:
+    """A report that writes events: for programs that show how far a job is."""
+
+    def __init__(self) -> None:
+        self._clock = Clock(EVENT_INTERVAL_SECONDS)
+
+    def __call__(self, what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if (found := self._clock.tick(what, done, total)) is not None:
+            _, rate = found
+            left = (total - done) / rate if rate else 0.0 if done >= total else None
+            _event("progress", job=what, done=done, total=total, rate=rate, seconds_left=left, figures=figures)
+
+
+def _event(kind: str, **values: Any) -> None:
+    """One line of JSON on stderr."""
+    event = {"event": kind, "seconds": round(time.monotonic() - _manner.began, 3), **values}
+    print(json.dumps(_jsonable(event), ensure_ascii=True, allow_nan=False), file=sys.stderr, flush=True)
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed, by name; nothing is imported for it."""
+    from importlib import metadata
+    from platform import python_version
+
+    from diffrc_cli import __version__
+
+    found = {"diffrc": __version__, "python": python_version()}
+    for name in ("torch", "onnxruntime", "onnxruntime-gpu", "openvino"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def pace(rate: float | None) -> str:
@@ -222,6 +354,11 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def size(count_bytes: float) -> str:
+    """1610612736 -> "1.5 GiB"."""
+    return f"{count_bytes / 2**30:.3g} GiB" if count_bytes >= 2**30 else f"{count_bytes / 2**20:.3g} MiB"
 
 
 def figure_text(figures: Mapping[str, float]) -> str:
@@ -289,6 +426,33 @@ def _plain_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[st
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         yield "  ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in zip(line, widths, numeric, strict=True)).rstrip()
+
+
+def _least_width(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]) -> int:
+    """Characters that a table takes when no number and no word of usual length is broken."""
+    least = 3 * (len(columns) - 1)
+    for i, column in enumerate(columns):
+        texts = (clean(column), *(row[i] for row in cells))
+        words = texts if numeric[i] else [word[:LONGEST_WORD] for text in texts for word in text.split()]
+        least += max(map(len, words), default=0)
+    return least
+
+
+def _lists(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Iterator[Any]:
+    """What a terminal too narrow for a table gets: each row as a heading, its other cells below, a line each."""
+    from rich.padding import Padding
+    from rich.table import Table
+
+    if title:
+        yield _styled((clean(title), "bold"))
+    for heading, *row in cells:
+        yield _styled((f"{clean(columns[0])} {heading}", "bold"))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for column, cell in zip(columns[1:], row, strict=True):
+            grid.add_row(_styled((clean(column), "")), _styled((cell, "")))
+        yield Padding(grid, (0, 0, 0, 2))
 
 
 def _figure(row: Bar) -> str:

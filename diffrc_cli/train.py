@@ -159,24 +159,21 @@ def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.devi
                 None if s.images_per_second is None else images_rate(s.images_per_second),
                 console.duration(s.seconds_left) if s.steps_left else None,
                 f"{s.parameters / 1e6:.3g} M",
-                size(s.disk_bytes) if s.disk_bytes else None,
+                console.size(s.disk_bytes) if s.disk_bytes else None,
             )
             for s in stages
         ],
     )
     memory = max((s.memory_bytes or 0 for s in stages), default=0)
-    on = f"on this {device.type}" + (f" with {size(memory)} of its memory" if memory else "")
-    console.say(f"in all: {console.duration(found.seconds_left)} {on}; {size(found.disk_bytes)} of disk, {size(found.free_bytes)} are free")
+    on = f"on this {device.type}" + (f" with {console.size(memory)} of its memory" if memory else "")
+    console.say(
+        f"in all: {console.duration(found.seconds_left)} {on}; {console.size(found.disk_bytes)} of disk, {console.size(found.free_bytes)} are free"
+    )
 
 
 def images_rate(rate: float) -> str:
     """130.44 -> "130", 9.284 -> "9.28"."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def size(count_bytes: int) -> str:
-    """1610612736 -> "1.5 GiB"."""
-    return f"{count_bytes / 2**30:.3g} GiB" if count_bytes >= 2**30 else f"{count_bytes / 2**20:.3g} MiB"
 
 
 def _with_data_path(recipe: Recipe, path: str) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ CONV_CHANNELS, CONV_SIZE_PX, CONV_BATCH = 128, 32, 32
 GPU_SIZES, GPU_CONV_BATCH = (8192, 4096), 512  # a GPU needs more at once to be busy
 MAX_PRODUCT_SECONDS = 1.0  # of one product: a slower machine gets smaller ones
 MIN_PRODUCTS = 3
-CPUINFO, STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
+CPUINFO = Path("/proc/cpuinfo")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm", "sve")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,19 +95,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         properties: Any = torch.cuda.get_device_properties(device)
         found["gpu"] = {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return found
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held at once so far (resident).
-
-    Not `getrusage`: its figure starts at what the process that started this one held, since exec keeps it.
-    """
-    if STATUS.is_file() and (match := re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"), re.MULTILINE)):
-        return int(match[1]) * 1024
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if platform.system() == "Darwin" else used * 1024
 
 
 def synchronize(device: torch.device) -> None:

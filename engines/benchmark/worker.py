@@ -29,12 +29,13 @@ from engines.backends.device import exact_float32, processors
 from engines.backends.fused import FusedEngine, read_fused
 from engines.backends.torch_engine import TorchEngine, torch_card
 from engines.benchmark import subject
-from engines.benchmark.peaks import Peak, machine, measure_peaks, peak_memory_bytes, synchronize
+from engines.benchmark.peaks import Peak, machine, measure_peaks, synchronize
 from engines.diffusion.guidance import prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import Denoiser, Guidance, GuidedStep, sample, within
 from engines.diffusion.schedule import respace
 from engines.errors import DiffRCError, EngineError
+from engines.progress import peak_memory_bytes
 from engines.synthesis.maker import denoiser
 
 if TYPE_CHECKING:

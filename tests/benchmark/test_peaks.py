@@ -65,7 +65,7 @@ def test_the_machine_says_what_it_is_and_the_gpu_is_none_on_a_cpu() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc here")
 def test_peak_memory_is_the_process_s_own_and_counts_what_it_allocates() -> None:
     child = (
-        "from engines.benchmark.peaks import peak_memory_bytes as peak\n"
+        "from engines.progress import peak_memory_bytes as peak\n"
         "before = peak(); held = b'\\1' * (200 << 20); print(before >> 20, peak() - before >> 20)"
     )
     parent = f"import subprocess, sys\nheld = b'\\1' * (900 << 20)\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)"

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from engines import recipe as recipes
 from engines import store
-from engines.backends.base import EngineCard
 from engines.data.names import find_class, shorten
 from engines.errors import ConflictError, UsageError
 from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.training import reuse
 
+if TYPE_CHECKING:
+    from engines.backends.base import EngineCard  # it brings torch
+
 Model = Literal["target", "source"]
 
 PLAN_FILE = "plan.json"
+CPUINFO = Path("/proc/cpuinfo")
 # Of [synth]; all but the last two are named by what they stand for.
 _NOT_PIXELS = ("model", "engine", "precision", "device", "compile", "fused", "fill_to", "max_bad")
 _GOLDEN = 40503  # / 2^16, the golden ratio's fraction: spreads the classes' first rows evenly over a batch
@@ -123,21 +128,46 @@ def keep_plan(folder: Path, plan: Plan) -> None:
         ConflictError: images of another plan lie there; the message names the keys that differ.
         DataError: a damaged plan.
     """
-    stored = folder / PLAN_FILE
+    stored, here = folder / PLAN_FILE, host(plan.identity.get("engine.device") == "cuda")
     document = {"plan": plan.id, "identity": dict(plan.identity), "versions": dict(plan.versions), "stages": dict(plan.stages)}
     if not stored.exists():
-        store.write_json(stored, document)
+        store.write_json(stored, document | {"hosts": [here]})
         return
     before = store.read_json(stored)
     if before.get("plan") == plan.id:
-        if before.get("stages") != document["stages"]:  # the same weights, reached by another way
-            store.write_json(stored, before | {"stages": document["stages"]})
+        hosts = before.get("hosts", ["unknown"])  # of a version that did not say
+        now = before | {"stages": document["stages"], "hosts": hosts if here in hosts else [*hosts, here]}
+        if now != before:  # the same weights, reached by another way; or another machine goes on
+            store.write_json(stored, now)
         return
-    old, new = before.get("identity", {}), plan.identity
+    told = told_differences(before.get("identity", {}), plan.identity)
+    raise ConflictError(f"{folder} holds images of another plan ({told})", f"--out DIR puts these elsewhere; or remove {folder}")
+
+
+def told_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The keys in which two identities differ, for a message: "synth.steps = 10 there, 50 now; and 2 more"."""
     changed = [key for key in (*new, *(k for k in old if k not in new)) if old.get(key) != new.get(key)]
     told = "; ".join(f"{key} = {_brief(old.get(key))} there, {_brief(new.get(key))} now" for key in changed[:_SHOWN])
-    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-    raise ConflictError(f"{folder} holds images of another plan ({told}{more})", f"--out DIR puts these elsewhere; or remove {folder}")
+    return told + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+
+
+def host(on_gpu: bool = False) -> str:
+    """What decides, beside engine and versions, how a machine rounds: its processor and instruction sets, and its GPU where one computes.
+
+    As "x86_64 Some Processor 25/17/1 1a2b3c4d", with family, model and stepping, and a digest of the instruction sets. It names the
+    kind of machine, never the machine.
+    """
+    text = CPUINFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0] if CPUINFO.is_file() else ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    name = fields.get("model name") or platform.processor() or "unknown processor"
+    kind = "/".join(fields.get(key, "-") for key in ("cpu family", "model", "stepping"))
+    sets = sorted((fields.get("flags") or fields.get("Features") or "").split())
+    words = [platform.machine(), name, kind, hashlib.sha256(" ".join(sets).encode()).hexdigest()[:8]]
+    if on_gpu:
+        import torch
+
+        words.append(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
+    return " ".join(words)
 
 
 class MadeWith(NamedTuple):

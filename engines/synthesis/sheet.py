@@ -29,6 +29,7 @@ MAX_PNG_BYTES = 1 << 26
 REJECTED = "rejected"  # the folder, inside a class's, of images that the selection dropped
 _LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
 _NAME = re.compile(r"^(\d{6,9})\.png$")
+TEXT = ("synthetic", "plan", "class_id", "class", "index", "seed", "kept", "dropped", *Figures._fields, "pixels_sha256", "versions")
 _REASON: dict[str, Reason] = {"": "", **{reason: reason for reason in REASONS}}
 
 Labels = npt.NDArray[np.int64]
@@ -121,6 +122,10 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
             image.load()
             pixels = np.asarray(image, dtype=np.uint8)
             text = image.text
+        if missing := [key for key in TEXT if key not in text]:
+            raise ValueError(f"its text lacks {', '.join(missing)}")
+        if text["synthetic"] != "true":
+            raise ValueError(f"its text says synthetic={text['synthetic'][:20]!r}")
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         record = Record(
             plan=sys.intern(text["plan"]),  # equal in all images of a folder, which a shelf remembers

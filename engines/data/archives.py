@@ -11,12 +11,12 @@ import gzip
 import io
 import pickle
 import pickletools
-import tarfile
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -26,10 +26,16 @@ from engines.data.splits import Splits, image_set
 from engines.errors import DataError
 from engines.recipe import DataSection
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
+
 IMAGE_BYTES = 3 * 32 * 32
 MAX_MEMBER_BYTES = 320 << 20  # the largest member, CIFAR-100's training batch, has 155 MB, half as much again if Python 3 wrote it
 MAX_ARCHIVE_BYTES = 512 << 20  # unpacked; the archives have 162 to 186 MB, likewise
 MAX_MEMBERS = 64
+TAR_BLOCK = 512
+BLOCK_BYTES = 1 << 20  # read at a time
+PLAIN_FILES = (b"0", b"\0")
 MAX_OPCODES = 1 << 20
 MAX_TUPLES = 256
 REMEDY = "download the archive from https://www.cs.toronto.edu/~kriz/cifar.html again, or give the parquet folder"
@@ -117,7 +123,7 @@ def _names(layout: Layout, members: Members, classes: int) -> tuple[str, ...]:
         names: Any = members[layout.meta].decode("ascii", "replace").split()
     else:
         names = _pickled_table(members[layout.meta], origin).get(layout.names_key)
-    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str | bytes) for name in names):
+    if not isinstance(names, list) or len(names) != classes or not all(isinstance(_plain(name), str | bytes) for name in names):
         _refuse(origin, f"it does not name {classes} classes")
     return tuple(_text(name) for name in names)
 
@@ -143,21 +149,69 @@ def _read_tar(path: Path, layouts: Sequence[Layout]) -> tuple[Layout, Members]:
     found: dict[str, bytes] = {}
     layout = layouts[0]
     try:
-        with _unpacked(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-            for count, member in enumerate(archive):
-                if count >= MAX_MEMBERS or member.size > MAX_MEMBER_BYTES:
+        with _unpacked(path) as stream:
+            for count, header in enumerate(_headers(stream)):
+                if count >= MAX_MEMBERS or header.size_bytes > MAX_MEMBER_BYTES:
                     _refuse(str(path), "it has more or larger members than the official archive")
-                name = member.name.removeprefix("./")
-                if name not in wanted:
-                    continue  # also whatever lies outside the archive's folder
-                layout, short = wanted[name]
-                file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
-                if file is None or short in found:
-                    _refuse(str(path), f"{name!r} is a link, a device, or there twice")
-                found[short] = file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+                padding = -header.size_bytes % TAR_BLOCK
+                if header.name not in wanted:  # also whatever lies outside the archive's folder
+                    _skip(stream, header.size_bytes + padding)
+                    continue
+                layout, short = wanted[header.name]
+                if header.kind not in PLAIN_FILES or short in found:
+                    _refuse(str(path), f"{header.name!r} is a link, a device, or there twice")
+                found[short] = stream.read(header.size_bytes)
+                if len(found[short]) != header.size_bytes:
+                    raise ValueError(f"{header.name} is cut off")
+                _skip(stream, padding)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path} is damaged or no tar archive: {error}", REMEDY) from None
     return layout, found
+
+
+class _Header(NamedTuple):
+    """What of a tar member's header counts for files of known, short names."""
+
+    name: str
+    kind: bytes  # b"0" or b"\0" for a plain file
+    size_bytes: int
+
+
+def _headers(stream: io.BufferedReader) -> Iterator[_Header]:
+    """The headers of a tar archive, one after another; whoever asks for the next has read the member.
+
+    Our own because nothing but names, kinds and sizes is needed: the extensions that a general reader interprets (of pax and GNU: long
+    names, sparse files) are members like any other here, and what is in them costs the time of reading past it, not more.
+    Raises ValueError.
+    """
+    first = True
+    while (block := stream.read(TAR_BLOCK)).strip(b"\0"):
+        if len(block) < TAR_BLOCK or _number(block[148:156]) != sum(block[:148]) + 8 * ord(" ") + sum(block[156:]):
+            raise ValueError("it is cut off" if len(block) < TAR_BLOCK else "the checksum of a header is wrong")
+        first = False
+        parts = (block[345:500], block[:100]) if block[257:262] == b"ustar" and block[262:264] != b" \0" else (block[:100],)
+        name = "/".join(part.partition(b"\0")[0].decode("utf-8", "replace") for part in parts if part[:1] != b"\0")
+        yield _Header(name.removeprefix("./").rstrip("/"), block[156:157], _number(block[124:136]))
+    if first:
+        raise ValueError("it holds no member")
+
+
+def _number(field: bytes) -> int:
+    """Octal digits of a tar header; or, where a size has more of them than fit, the bytes of a number whose first bit is set."""
+    if field[0] & 0x80:
+        value = int.from_bytes(field[1:])
+        if field[0] != 0x80:
+            raise ValueError("a member has a negative size")
+        return value
+    digits = field.strip(b" \0")
+    if not re.fullmatch(rb"[0-7]*", digits):
+        raise ValueError("a number of a header is none")
+    return int(digits or b"0", 8)
+
+
+def _skip(stream: io.BufferedReader, length: int) -> None:
+    while length > 0 and (block := stream.read(min(length, BLOCK_BYTES))):
+        length -= len(block)
 
 
 class _Limited(io.RawIOBase):
@@ -171,23 +225,25 @@ class _Limited(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int = -1) -> bytes:
-        block = self._stream.read(min(size, 1 << 20) if size >= 0 else 1 << 20)
+    def readinto(self, target: Buffer) -> int:
+        view = memoryview(target)
+        block = self._stream.read(min(len(view), BLOCK_BYTES))
         self._left -= len(block)
         if self._left < 0:
             raise ValueError(f"it unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB")
-        return block
+        view[: len(block)] = block
+        return len(block)
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-def _unpacked(path: Path) -> _Limited:
+def _unpacked(path: Path) -> io.BufferedReader:
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     stream = path.open("rb")
-    return _Limited(gzip.GzipFile(fileobj=stream) if zipped else stream, stream)
+    return io.BufferedReader(_Limited(gzip.GzipFile(fileobj=stream) if zipped else stream, stream))
 
 
 # --- pickles ------------------------------------------------------------------------------------------------------
@@ -203,9 +259,7 @@ class _Call:
         self.args = args
         self.state: Any = None
 
-    def __call__(self, *args: Any) -> _Call | bytes:
-        if self.name == "encode" and len(args) == 2 and isinstance(args[0], str):
-            return args[0].encode("latin-1")  # whatever codec it names: this is the one in which bytes are written
+    def __call__(self, *args: Any) -> _Call:
         return _Call(self.name, args)
 
     def __setstate__(self, state: Any) -> None:
@@ -246,13 +300,15 @@ def _pickled_table(content: bytes, origin: str) -> dict[str, Any]:
         raise DataError(f"{origin} is no CIFAR batch: {str(error)[:200] or type(error).__name__}", REMEDY) from None
     if not isinstance(table, dict):
         _refuse(origin, "it holds no dictionary")
-    return {_text(key): value for key, value in table.items() if isinstance(key, str | bytes)}
+    return {_text(key): value for key, value in table.items() if isinstance(_plain(key), str | bytes)}
 
 
 def _scan(content: bytes) -> None:
-    """Refuse what would make the unpickler itself misbehave: deep nesting, a huge memo, rare opcodes."""
+    """Refuse what would make the unpickler itself misbehave: deep nesting, a huge memo, rare opcodes, numbers that all hash alike."""
     tuples = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if isinstance(argument, int) and abs(argument) >= 1 << 63:
+            raise pickle.UnpicklingError(f"{opcode.name} at operation {count} holds a number larger than any of CIFAR's")
         tuples += opcode.name.startswith("TUPLE")
         if opcode.name not in KNOWN_OPCODES or tuples > MAX_TUPLES or count > MAX_OPCODES:
             raise pickle.UnpicklingError(f"{opcode.name} at operation {count} is more than any CIFAR file uses")
@@ -265,6 +321,9 @@ def _array(call: Any, origin: str) -> Pixels:
     if not isinstance(call, _Call) or call.name != "_reconstruct" or not isinstance(call.state, tuple) or len(call.state) != 5:
         _refuse(origin, "data is not an array")
     _, shape, dtype, column_major, raw = call.state
+    raw = _plain(raw)
+    if isinstance(raw, str) and all(ord(character) < 256 for character in set(raw)):
+        raw = raw.encode("latin-1")
     if not isinstance(dtype, _Call) or dtype.name != "dtype" or not dtype.args or _text(dtype.args[0]) not in ("u1", "|u1"):
         _refuse(origin, "data is not of type uint8")
     if not isinstance(raw, bytes) or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
@@ -274,8 +333,19 @@ def _array(call: Any, origin: str) -> Pixels:
     return np.frombuffer(raw, dtype=np.uint8).reshape(shape, order="F" if column_major else "C")
 
 
+def _plain(value: Any) -> Any:
+    """A value, or of the call by which Python 3 writes bytes at protocol 2 the text that holds them, a character a byte.
+
+    Made only where it is asked for: a pickle can ask for the same call a million times.
+    """
+    if isinstance(value, _Call) and value.name == "encode" and value.args and len(value.args) == 2 and isinstance(value.args[0], str):
+        return value.args[0]  # whatever codec it names: latin-1 is the one in which bytes are written
+    return value
+
+
 def _text(value: Any) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    plain = _plain(value)
+    return plain.decode("latin-1") if isinstance(plain, bytes) else str(plain)
 
 
 def _refuse(origin: str, reason: str) -> NoReturn:

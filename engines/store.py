@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 import safetensors
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = Path("runs")
 CHECKPOINTS_KEPT = 2
+LOCKS = Path("/proc/locks")
 _TEMPORARY = re.compile(r"^\..*\.\d+\.[0-9a-f]{8}\.tmp$")
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -512,6 +513,48 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+class Holder(NamedTuple):
+    """The process that holds a folder."""
+
+    pid: int | None  # None where the system does not tell
+    command: str  # "" where it does not tell
+
+
+def holder(folder: Path) -> Holder | None:
+    """Which process has a folder locked, None where none has. Takes no lock and writes nothing, so it disturbs nobody.
+
+    Where the system has no table of locks it is asked with a lock of its own, for a moment.
+    """
+    try:
+        status = (folder / ".lock").stat()
+    except OSError:
+        return None
+    if not LOCKS.is_file():
+        try:
+            with filelock.FileLock(folder / ".lock", timeout=0):
+                return None
+        except filelock.Timeout:
+            return Holder(None, "")
+        except OSError:
+            return None
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    for line in LOCKS.read_text(encoding="ascii").splitlines():  # "1: FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF"
+        words = line.split()
+        if len(words) > 5 and words[1] == "FLOCK" and words[5] == place:
+            pid = int(words[4])
+            return Holder(pid if pid > 0 else None, _command_of(pid))
+    return None
+
+
+def _command_of(pid: int) -> str:
+    """What a process was started with, "" where that cannot be read."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    return " ".join(word for word in words if word)
 
 
 def environment() -> dict[str, Any]:

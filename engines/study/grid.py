@@ -21,6 +21,7 @@ from engines.evaluation.synthetic import ExtraImages, all_pixels, refuse_test_im
 from engines.progress import Report
 from engines.recipe import Method
 from engines.study.plan import Arm, Study
+from engines.synthesis.plan import fill_counts
 from engines.training.recognizer import TrainingImages, predict, real_images, train_recognizer
 
 Labels = npt.NDArray[np.int64]
@@ -107,10 +108,8 @@ def methods_of(study: Study, arm: Arm) -> tuple[Method, ...]:
 
 
 def filled(arm: Arm, data: LongTail) -> Labels:
-    """(K,) images that a fill adds to each class: max(0, N_fill - N_k) for medium and few ones."""
-    full = arm.recipe.synth.fill_to or int(data.counts.max())
-    tail = np.array([group != "many" for group in data.groups])
-    return np.where(tail, np.maximum(0, full - data.counts), 0).astype(np.int64)
+    """(K,) images that a fill adds to each class of an arm."""
+    return fill_counts(arm.recipe, data.counts, data.groups)
 
 
 def rows_of(

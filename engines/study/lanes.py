@@ -6,7 +6,7 @@ arm does not change is used as it is, what it changes is kept aside and comes ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from engines.errors import DataError
 from engines.evaluation.synthetic import ExtraImages
 from engines.progress import Report
 from engines.recipe import Recipe
-from engines.synthesis.plan import PLAN_FILE, fill_classes
+from engines.synthesis.plan import PLAN_FILE, fill_classes, fill_counts
 from engines.synthesis.sheet import read_images
 from engines.synthesis.synthesize import fill_run
 from engines.training import reuse
+from engines.training.cost import cost_of
 from engines.training.stages import train_run
 
 RECORDS = "arms"  # in a lane's folder: what each arm made, by `images_digest`
@@ -92,16 +93,58 @@ def make_lane(lane: Path, arms: Sequence[Recipe], device: str, report: Report) -
 
     Args:
         arms: seeded recipes of one `lane_of`.
-        report: hears "share" in thousandths of an arm.
+        report: hears "share" in thousandths of the lane's operations; see `Share`.
 
     Raises: what `train_run`, `export_run` and `fill_run` raise; ConflictError where another process is at work in the lane.
     """
     data = prepare(arms[0].data, None)
+    share = Share(arms, data, report)
     with store.locked(lane):
-        for i, recipe in enumerate(arms):
+        for recipe in arms:
             if made(lane, recipe) is None:
-                _make(lane, recipe, data, torch.device(device), _share(report, i, len(arms)))
+                _make(lane, recipe, data, torch.device(device), share.of(recipe))
         report("share", 1, 1, {})
+
+
+def parts_of(recipe: Recipe, data: LongTail) -> dict[str, tuple[str, float]]:
+    """What an arm takes: by what is reported, the digest of all it depends on (equal ones are made once), and its operations.
+
+    The export is left out: it takes about as long whatever the network.
+    """
+    cost = cost_of(recipe)
+    images = int(fill_counts(recipe, data.counts, data.groups).sum())
+    stages = {"source": cost.source, "target": cost.target, "guide": cost.guide}
+    made = {stage: recipes.digest(reuse.made_of(recipe, stage, data.kept_sha256)) for stage in stages}
+    return {stage: (made[stage], stages[stage]) for stage in stages} | {"synth": (images_digest(recipe), images * cost.image)}
+
+
+def operations(arms: Iterable[Recipe], data: LongTail) -> float:
+    """Of all that arms take; what several of them share counts once."""
+    return sum(dict(part for recipe in arms for part in parts_of(recipe, data).values()).values())
+
+
+class Share:
+    """How far a lane is: its parts by what they cost, so that the time left follows from the time spent."""
+
+    def __init__(self, arms: Sequence[Recipe], data: LongTail, report: Report) -> None:
+        self._data, self._report = data, report
+        self._cost = dict(part for recipe in arms for part in parts_of(recipe, data).values())
+        self._done = dict.fromkeys(self._cost, 0.0)
+
+    def of(self, recipe: Recipe) -> Report:
+        """What hears the work of one arm."""
+        parts = parts_of(recipe, self._data)
+
+        def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            if what in parts:
+                names = list(parts)
+                for part, cost in map(parts.__getitem__, names[: names.index(what)]):  # what is complete already is not reported
+                    self._done[part] = cost
+                part, cost = parts[what]
+                self._done[part] = cost * done / max(total, 1)
+                self._report("share", round(1000 * sum(self._done.values()) / sum(self._cost.values())), 1000, {})
+
+        return hear
 
 
 def _make(lane: Path, recipe: Recipe, data: LongTail, device: torch.device, report: Report) -> None:
@@ -124,18 +167,6 @@ def _make(lane: Path, recipe: Recipe, data: LongTail, device: torch.device, repo
             "sheet": Path(summary["sheets"][0]).name if summary["sheets"] else "",
         },
     )
-
-
-def _share(report: Report, arm: int, arms: int) -> Report:
-    """Training, export and synthesis as shares of an arm: their steps tell how far each is, not how long it takes."""
-    parts = {"source": (0.0, 0.4), "target": (0.4, 0.6), "guide": (0.6, 0.7), "export": (0.7, 0.75), "synth": (0.75, 1.0)}
-
-    def hear(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        if what in parts:
-            first, last = parts[what]
-            report("share", round(1000 * (arm + first + (last - first) * done / max(total, 1))), 1000 * arms, {})
-
-    return hear
 
 
 def _cost(lane: Path) -> dict[str, float]:

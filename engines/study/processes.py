@@ -57,6 +57,7 @@ class Task:
     module: str
     function: str
     arguments: tuple[Any, ...]
+    weight: float = 1.0  # of its work beside that of other tasks
 
 
 def slots(gpus: int, workers: int) -> list[Slot]:
@@ -73,7 +74,7 @@ def run_tasks(tasks: Sequence[Task], places: Sequence[Slot], report: Report, sta
 
     Args:
         places: as many tasks at a time.
-        report: hears "study" in thousandths of a task, with the number of those that are done.
+        report: hears "study" in thousandths of a task of average weight, with the number of those that are done.
         start_another: asked before each task; once it says no, the rest is left.
 
     Raises: Interrupted by a signal; what a task raised, when the others have committed and ended; EngineError for a process that died.
@@ -114,7 +115,8 @@ def run_tasks(tasks: Sequence[Task], places: Sequence[Slot], report: Report, sta
                 if time.monotonic() > kill_at:
                     break
                 finished = sum(result is not None for result in results)
-                report("study", round(1000 * sum(shares)), 1000 * len(tasks), {"finished": float(finished)})
+                done = sum(share * task.weight for share, task in zip(shares, tasks, strict=True)) / sum(task.weight for task in tasks)
+                report("study", round(1000 * len(tasks) * done), 1000 * len(tasks), {"finished": float(finished)})
         finally:  # at a second signal, or after the grace: what has not committed by now does not
             for _, _, process in running.values():
                 process.kill()

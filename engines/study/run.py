@@ -157,7 +157,9 @@ def make_images(
     """Make what the arms lack, a process a lane."""
     device = "cuda" if places[0].gpu is not None else "cpu"
     todo = missing(arms, data, seeds, out)
-    tasks = [Task(lane.name, lanes.__name__, "make_lane", (lane, recipes_, device)) for lane, recipes_ in todo.items()]
+    read = {recipes.digest(arm.recipe.data): data[arm.name] for arm in arms}
+    work = {lane: lanes.operations(recipes_, read[recipes.digest(recipes_[0].data)]) for lane, recipes_ in todo.items()}
+    tasks = [Task(lane.name, lanes.__name__, "make_lane", (lane, recipes_, device), work[lane]) for lane, recipes_ in todo.items()]
     run_tasks(tasks, places, report, start_another)
 
 

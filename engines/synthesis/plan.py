@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from engines import recipe as recipes
 from engines import store
@@ -240,18 +241,24 @@ def asked_classes(run: RunFolder, typed: Sequence[str], n: int) -> dict[int, int
 
 
 def fill_classes(run: RunFolder) -> dict[int, int]:
-    """Every medium and few class up to N_fill: max(0, N_fill - N_k) images, N_fill = synth.fill_to or the largest class.
+    """Every medium and few class up to N_fill, as `fill_counts` says.
 
     Raises UsageError where no class lacks any.
     """
     table = run.classes()
     counts = np.array(table["counts"], dtype=np.int64)
-    full = run.recipe.synth.fill_to or int(counts.max())
-    tail = [k for k, group in enumerate(table["groups"]) if group != "many"]
-    wanted = {k: full - int(counts[k]) for k in tail if counts[k] < full}
-    if not wanted:
+    lacking = fill_counts(run.recipe, counts, table["groups"])
+    if not lacking.any():
+        full = run.recipe.synth.fill_to or int(counts.max())
         raise UsageError(f"no medium or few class has fewer than {full} images", "--set synth.fill_to=N with a larger N")
-    return wanted
+    return {int(k): int(lacking[k]) for k in np.flatnonzero(lacking)}
+
+
+def fill_counts(recipe: Recipe, counts: npt.NDArray[np.int64], groups: Sequence[str]) -> npt.NDArray[np.int64]:
+    """(K,) images that a fill adds: max(0, N_fill - N_k) for medium and few classes, N_fill = synth.fill_to or the largest class."""
+    full = recipe.synth.fill_to or int(counts.max())
+    tail = np.array([group != "many" for group in groups])
+    return np.where(tail, np.maximum(0, full - counts), 0).astype(np.int64)
 
 
 def by_model(run: RunFolder, wanted: Mapping[int, int], source_ready: bool) -> dict[Model, dict[int, int]]:

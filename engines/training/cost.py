@@ -12,13 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from engines.diffusion.respacing import spaced_timesteps
-from engines.recipe import Recipe
+from engines.recipe import Recipe, digest
 from engines.training.diffusion import build_unet
 from engines.training.guide import build_guide
 
 A100_PEAK = 312e12  # NVIDIA A100, dense bfloat16, operations a second as published
 SHARE_OF_PEAK = (0.14, 0.32)  # of a matrix product's speed: a training step in bfloat16, 6 M and 38 M parameters, two CPU cores with AMX
 CLASSES = 10  # labels and prototypes cost next to nothing, so any number does
+
+_known: dict[str, tuple[float, float, float, float]] = {}  # what `_counted` found, by digest: counting takes seconds
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,7 @@ def cost_of(recipe: Recipe) -> Cost:
 
     The recognizers of `diffrc evaluate` are left out: eighteen of them add a percent or two on CIFAR, four at 256 px.
     """
-    with FakeTensorMode():  # not the meta device, which autocast refuses
-        unet = build_unet(recipe, CLASSES)
-        x = torch.empty(1, recipe.data.image_channels, recipe.data.image_size_px, recipe.data.image_size_px)
-        t = torch.zeros(1, dtype=torch.int64)
-        y = t if unet.classes else None
-        evaluation = _operations(lambda: unet(x, t, y), backward=False)
-        step = _operations(lambda: unet(x, t, y), backward=True)
-        guide = build_guide(recipe, np.ones(CLASSES, dtype=np.int64))
-        guide_step = _operations(lambda: guide(x, t), backward=True)
-        guide.requires_grad_(requires_grad=False)
-        gradient = _operations(lambda: guide.log_probs(x.requires_grad_(), t), backward=True)
-
+    evaluation, step, guide_step, gradient = _counted(recipe)
     source, target, synth = recipe.source, recipe.target, recipe.synth
     timesteps = spaced_timesteps(recipe.diffusion.steps, synth.steps)
     first, last = synth.guidance_interval
@@ -72,6 +63,28 @@ def hours(operations: float, peak: float = A100_PEAK) -> tuple[float, float]:
     """
     low, high = SHARE_OF_PEAK
     return operations / (high * peak) / 3600, operations / (low * peak) / 3600
+
+
+def _counted(recipe: Recipe) -> tuple[float, float, float, float]:
+    """Operations of an evaluation of the U-Net, of its training step, of the guide's, of its gradient, an image; once a network."""
+    table = recipe.model_dump(mode="json")
+    pixels = [table["data"][key] for key in ("image_size_px", "image_channels")]
+    key = digest({"pixels": pixels, **{name: table[name] for name in ("unet", "guide", "diffusion")}})
+    if key in _known:
+        return _known[key]
+    with FakeTensorMode():  # not the meta device, which autocast refuses
+        unet = build_unet(recipe, CLASSES)
+        x = torch.empty(1, recipe.data.image_channels, recipe.data.image_size_px, recipe.data.image_size_px)
+        t = torch.zeros(1, dtype=torch.int64)
+        y = t if unet.classes else None
+        evaluation = _operations(lambda: unet(x, t, y), backward=False)
+        step = _operations(lambda: unet(x, t, y), backward=True)
+        guide = build_guide(recipe, np.ones(CLASSES, dtype=np.int64))
+        guide_step = _operations(lambda: guide(x, t), backward=True)
+        guide.requires_grad_(requires_grad=False)
+        gradient = _operations(lambda: guide.log_probs(x.requires_grad_(), t), backward=True)
+    _known[key] = (evaluation, step, guide_step, gradient)
+    return _known[key]
 
 
 def _operations(forward: Callable[[], Tensor], *, backward: bool) -> float:

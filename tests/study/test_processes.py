@@ -59,7 +59,7 @@ TWO = (Slot(), Slot())
 
 def test_results_come_in_the_order_of_the_tasks_and_progress_ends_at_all(jobs: str) -> None:
     heard: list[tuple[int, int]] = []
-    tasks = [Task(f"square {x}", jobs, "square", (x,)) for x in (3, 4, 5)]
+    tasks = [Task(f"square {x}", jobs, "square", (x,), weight=float(x)) for x in (3, 4, 5)]
     assert run_tasks(tasks, TWO, lambda what, done, total, figures: heard.append((done, total))) == [9, 16, 25]
     assert heard[-1] == (3000, 3000)
     assert heard == sorted(heard)
@@ -104,7 +104,7 @@ def test_a_mistake_of_ours_names_the_task_and_a_dead_process_is_told(jobs: str) 
 
 def test_tasks_that_may_not_start_are_left(jobs: str) -> None:
     answers = iter((True, False))
-    tasks = [Task(f"square {x}", jobs, "square", (x,)) for x in (3, 4, 5)]
+    tasks = [Task(f"square {x}", jobs, "square", (x,), weight=float(x)) for x in (3, 4, 5)]
     assert run_tasks(tasks, TWO[:1], silent, lambda: next(answers)) == [9, None, None]
 
 

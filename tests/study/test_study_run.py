@@ -230,3 +230,24 @@ def test_a_lane_that_was_cut_short_goes_on(
     again = lanes.made(copy, arm)
     assert again is not None
     assert (again.plan, list(again.counts)) == (before["plan"], before["counts"])
+
+
+def test_a_lane_is_as_far_as_its_operations_are_and_what_arms_share_counts_once(arms: tuple[Arm, ...]) -> None:
+    by_name, data = {arm.name: arm for arm in arms}, run.prepare_arms(arms)["half"]
+    half, other = (by_name[name].seeded(0) for name in ("half", "s-0.2"))
+    parts, images = lanes.parts_of(half, data), lanes.parts_of(other, data)["synth"][1]
+    source, target, guide, synth = (parts[name][1] for name in ("source", "target", "guide", "synth"))
+    whole = source + target + guide + synth + images
+    assert lanes.operations((half, other), data) == pytest.approx(whole), "the networks are the same"
+
+    heard: list[float] = []
+    share = lanes.Share((half, other), data, lambda what, done, total, _: heard.append(done / total))
+    first, second = share.of(half), share.of(other)
+    first("source", 2, 4, {})
+    first("export", 1, 1, {})  # takes no operations
+    first("synth", 0, 8, {})
+    second("source", 4, 4, {})
+    second("synth", 8, 8, {})
+    trained = source + target + guide
+    expected = [source / 2 / whole, trained / whole, trained / whole, (trained + images) / whole]
+    assert heard == pytest.approx(expected, abs=0.0006)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from engines import store
@@ -139,7 +139,8 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
             dropped=_REASON[text["dropped"]],
         )
     except Exception as error:  # the parsers of damaged files raise OSError, SyntaxError, struct.error, KeyError and more
-        raise DataError(f"{origin} is damaged or not a synthesized image: {str(error) or type(error).__name__}", remedy) from error
+        reason = "it holds no PNG" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise DataError(f"{origin} is damaged or not a synthesized image: {reason}", remedy) from error
     if pixels_sha256(pixels) != record.pixels_sha256:
         raise DataError(f"{origin}: its pixels do not match their sha256", remedy)
     return pixels, record

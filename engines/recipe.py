@@ -82,7 +82,8 @@ class DataSection(Section):
     many_above: CountOrZero = 100
     few_below: CountOrZero = 20
     group_sizes: tuple[CountOrZero, CountOrZero, CountOrZero] = (3, 4, 3)  # many, medium, few by rank of N_k
-    on_bad_image: Literal["error", "skip"] = "error"
+    on_bad_image: Literal["error", "skip"] = "error"  # an image that cannot be read stops the work, or is left out and counted
+    quarantine: Annotated[str, Field(pattern=r"^[^\x00]*$")] = ""  # a list of images to leave out, by `diffrc data check --quarantine`
 
 
 class UNetSection(Section):

@@ -56,7 +56,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-Kind = Literal["not a file", "empty", "not an image", "bomb", "damaged"]
+Kind = Literal["not a file", "empty", "not an image", "bomb", "damaged", "changed"]
 
 
 class BadImage(DataError):
@@ -64,7 +64,7 @@ class BadImage(DataError):
 
     Attributes:
         kind: "not a file": missing, a pipe, a device, too large, no permission; "bomb": more than MAX_IMAGE_PX; "damaged":
-            begins like an image and cannot be decoded to its end.
+            begins like an image and cannot be decoded to its end; "changed": not what a quarantine list says it was.
     """
 
     def __init__(self, kind: Kind, problem: str, remedy: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Protocol, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engines.data.decode import Frame, Pixels, decode, fit, header_size
+from engines.data.decode import BadImage, Frame, Pixels, decode, fit, header_size
 from engines.errors import DataError
 from engines.progress import Report, silent
 
@@ -49,7 +49,10 @@ class ImageSet:
         labels: (N,) int64, 0..K-1.
         names: K class names; label k is `names[k]`.
         skipped: unreadable images that were left out (`on_bad_image = "skip"`).
+        left_out: names of the images that a quarantine list left out.
     """
+
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, labels: Indices, names: Sequence[str], shelf: Shelf, slots: Indices | None = None, skipped: int = 0) -> None:
         self.labels = np.ascontiguousarray(labels, dtype=np.int64)
@@ -67,6 +70,16 @@ class ImageSet:
     def frame(self) -> Frame:
         """Size in px and channels of what `pixels` returns."""
         return self._shelf.frame
+
+    @property
+    def reader(self) -> Reader:
+        """Where the images lie; it may hold others too."""
+        return self._shelf.reader
+
+    @property
+    def rows(self) -> Indices:
+        """(N,) the images' rows in `reader`."""
+        return self._shelf.rows[self._slots]
 
     def pixels(self, indices: Indices) -> Pixels:
         """(B, H, W, C) uint8 in the order of `indices` (B,), H = W = image_size_px, C = image_channels; a copy.
@@ -89,7 +102,23 @@ class ImageSet:
         shelf, slots = self._shelf, self._slots[at]
         if not shelf.keeps:  # the part may fit where the whole did not
             shelf, slots = Shelf(shelf.reader, shelf.frame, shelf.rows[slots]), np.arange(len(at), dtype=np.int64)
-        return ImageSet(self.labels[at], self.names, shelf, slots, self.skipped)
+        part = ImageSet(self.labels[at], self.names, shelf, slots, self.skipped)
+        part.left_out = self.left_out
+        return part
+
+    def watched(self, digests: Mapping[int, str], digest: Callable[[bytes], str]) -> ImageSet:
+        """The same set, in which an encoded image is bad whose bytes have another digest than it had; by index.
+
+        What has been decoded already is decoded again. Images that were never encoded are as they are.
+        """
+        reader = self.reader
+        if not digests or not isinstance(reader, EncodedReader):
+            return self
+        rows = self.rows
+        watched = reader.watched({int(rows[i]): known for i, known in digests.items()}, digest)
+        same = ImageSet(self.labels, self.names, Shelf(watched, self.frame, rows), skipped=self.skipped)
+        same.left_out = self.left_out
+        return same
 
     @property
     def sizes(self) -> Counter[tuple[int, int]]:
@@ -198,6 +227,21 @@ class EncodedReader:
 
     def origin(self, row: int) -> str:
         return self._origin(row)
+
+    def fetch(self, row: int) -> bytes:
+        """The encoded image of a row. Raises BadImage."""
+        return self._fetch(row)
+
+    def watched(self, digests: Mapping[int, str], digest: Callable[[bytes], str]) -> EncodedReader:
+        """The same images; `fetch` and `read` raise BadImage for a row whose bytes have another digest than the one given."""
+
+        def fetch(row: int) -> bytes:
+            data = self._fetch(row)
+            if row in digests and digest(data) != digests[row]:
+                raise BadImage("changed", f"{self.origin(row)} has changed since it was checked", "diffrc data check again")
+            return data
+
+        return EncodedReader(self._count, fetch, self._origin)
 
     def _each(self, rows: Indices, work: Callable[[bytes, str], T]) -> list[T]:
         def chunk(part: Indices) -> list[T]:

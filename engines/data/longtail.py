@@ -33,7 +33,7 @@ class LongTail:
     pool: ImageSet  # the training split before the profile cut it: for oracles only
     counts: Indices  # (K,) N_k
     groups: tuple[Group, ...]  # (K)
-    kept_sha256: str  # of the kept images' indices in the pool, int64 little-endian, in order
+    kept_sha256: str  # of the kept images' indices in the pool, int64 little-endian, in order; and of the names left out of it
     left_out: ImageSet | None = None  # what the profile cut off the pool, to choose settings on; None = nothing
 
     @property
@@ -67,6 +67,7 @@ class LongTail:
             "images": len(self.train),
             "test_images": len(self.test),
             "skipped_images": self.pool.skipped + self.test.skipped,
+            "quarantined_images": len(self.pool.left_out) + len(self.test.left_out),
             "imbalance": self.imbalance,
             "group_sizes": {g: {"classes": len(k), "images": int(self.counts[k].sum())} for g, k in members.items()},
             **self.table(),
@@ -93,7 +94,8 @@ def prepare(data: DataSection, path: Path | None, *, for_training: bool = True) 
     if for_training:
         check_groups(groups, counts)
     left_out = np.setdiff1d(np.arange(len(pool), dtype=np.int64), kept)
-    kept_sha256 = hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest()
+    names_out = "\0".join((*pool.left_out, "", *test.left_out)) if pool.left_out or test.left_out else ""
+    kept_sha256 = hashlib.sha256(kept.astype("<i8").tobytes() + names_out.encode()).hexdigest()
     return LongTail(pool.subset(kept), test, pool, counts, groups, kept_sha256, pool.subset(left_out) if len(left_out) else None)
 
 

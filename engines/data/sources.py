@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from engines.data import archives, folders, lists, tables
+from engines.data import archives, folders, lists, quarantine, tables
 from engines.data.images import ArrayReader
 from engines.data.splits import Splits, check, hold_out, image_set
 from engines.errors import DataError
@@ -34,13 +34,30 @@ def load(data: DataSection, path: Path | None) -> Splits:
     """
     path = path or (Path(data.path) if data.path else None)
     if data.source == "digits":
-        return check(_digits(data), None)
+        return check(_obeyed(data, _digits(data), None), None)
+    path = found(data, path)
+    return check(_obeyed(data, _at(data, path), path), path)
+
+
+def found(data: DataSection, path: Path | None) -> Path:
+    """Where the images of a source other than the digits lie. Raises DataError where that is not said, or nothing is there."""
     if path is None:
         raise DataError(f"the recipe's data source {data.source!r} needs to know where the images lie", "--data DIR")
     path = path.expanduser()
     if not path.exists():
         raise DataError(f"the data set {path} does not exist", "--data DIR with the folder or archive that holds the images")
-    return check(_at(data, path), path)
+    return path
+
+
+def _obeyed(data: DataSection, splits: Splits, path: Path | None) -> Splits:
+    """Without what the recipe's quarantine list leaves out."""
+    if not data.quarantine:
+        return splits
+    listed = quarantine.read(Path(data.quarantine))
+    train, test = (quarantine.obey(images, listed, path) for images in splits)
+    if data.on_bad_image == "skip":  # one that has changed since it was checked is bad, too
+        return train.without_unreadable(), test.without_unreadable()
+    return train, test
 
 
 def _at(data: DataSection, path: Path) -> Splits:

@@ -56,7 +56,7 @@ def lane_of(recipe: Recipe, kept_sha256: str) -> str:
 
 def images_digest(recipe: Recipe) -> str:
     """What an arm's images depend on, but for the data: recipes that differ in [recognizer] alone make the same ones."""
-    table = recipe.model_dump(mode="json", exclude={"name": True, "recognizer": True, "data": {"path", "on_bad_image"}})
+    table = recipe.model_dump(mode="json", exclude={"name": True, "recognizer": True, "data": {"path", "on_bad_image", "quarantine"}})
     return recipes.digest(table)[:16]  # where the data lie does not count: which images they are is in the lane's name
 
 

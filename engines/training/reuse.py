@@ -19,7 +19,7 @@ from engines.recipe import Recipe, StageSection
 
 _SHOWN = 4  # differing keys in a message
 _CHANGE_NO_WEIGHT = {
-    "data": ("path", "on_bad_image"),  # where images lie; which were kept is in data.kept_sha256
+    "data": ("path", "on_bad_image", "quarantine"),  # where images lie; which were kept is in data.kept_sha256
     "stage": ("log_every_steps", "sample_every_steps", "save_every_steps", "workers", "max_nonfinite_steps"),
 }
 

@@ -16,6 +16,7 @@ import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = Path("runs")
 CHECKPOINTS_KEPT = 2
+LOCK_FILE = ".lock"
 LOCKS = Path("/proc/locks")
 _TEMPORARY = re.compile(r"^\..*\.\d+\.[0-9a-f]{8}\.tmp$")
 
@@ -74,7 +76,7 @@ def read_json(path: Path) -> Any:
     """A JSON document. Raises DataError where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
         raise DataError(f"cannot read {path}: {error}", "remake it with the command that wrote it, or restore the file") from None
 
 
@@ -104,11 +106,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON-lines file, [] where it does not exist; a torn last line is left out. Raises DataError."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        return [json.loads(line) for line in lines]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        if not all(isinstance(value, dict) for value in found):
+            raise ValueError("a line is no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}", "the file was changed by hand; restore it or remove its folder") from None
+    return found
 
 
 def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
@@ -138,13 +142,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def is_temporary(path: Path) -> bool:
     """Whether a file is what a killed writer left behind."""
     return _TEMPORARY.match(path.name) is not None
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left behind in a folder that this process has locked."""
-    for path in folder.glob(".*.tmp"):
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -376,7 +373,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 STAGES = ("source", "target", "guide")
 STALE = "stale"  # folder of a run
 _TRAINING_SECTIONS = ("seed", "data", "unet", "diffusion", "source", "target", "guide")
-_MAY_DIFFER = {"data.path", "data.on_bad_image"}  # where a data set lies is not what it is
+_MAY_DIFFER = {"data.path", "data.on_bad_image", "data.quarantine"}  # where a data set lies is not what it is
 
 
 @dataclass(frozen=True)
@@ -448,6 +445,9 @@ def create_run(path: Path, recipe: Recipe) -> RunFolder:
         write_text(path / "recipe.toml", recipes.to_toml(recipe))
     write_json(path / "environment.json", environment())
     if path.absolute().parent == DEFAULT_ROOT.absolute():  # elsewhere the parent is not ours, and `open_run` does not look there
+        for left in DEFAULT_ROOT.glob(".latest.json.*.tmp"):  # nobody locks the root: what is young may be another's write
+            if is_temporary(left) and left.stat().st_mtime < time.time() - 60:
+                left.unlink(missing_ok=True)
         write_json(DEFAULT_ROOT / "latest.json", {"run": path.name})
     return RunFolder(path, recipe)
 
@@ -466,7 +466,7 @@ def stored_recipe(path: Path, recipe: Recipe) -> Recipe | None:
         if changed:
             raise ConflictError(f"{path} holds another run ({'; '.join(changed[:4])})", "choose a new folder with --run")
         return before
-    if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+    if path.is_dir() and any(p.name != LOCK_FILE and not is_temporary(p) for p in path.iterdir()):
         raise ConflictError(f"{path} is not empty and holds no run", "choose another folder with --run")
     return None
 
@@ -501,18 +501,30 @@ def _changes(before: Recipe, now: Recipe, sections: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. The lock dies with its owner. Raises ConflictError where another process has it."""
+    """Hold a folder for this process, and remove what killed writers left in it and below, as far as no other lock reaches.
+
+    The lock dies with its owner. Raises ConflictError where another process has it, StorageError.
+    """
     with _storage_errors(folder, 0):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout:
             raise ConflictError(f"{folder} is in use by another diffrc process", "wait until it ends, or choose another folder") from None
     try:
+        _remove_temporaries(folder)
         yield
     finally:
         lock.release()
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not Path(place, name, LOCK_FILE).exists()]
+        for name in files:
+            if _TEMPORARY.match(name):
+                Path(place, name).unlink(missing_ok=True)
 
 
 class Holder(NamedTuple):
@@ -528,12 +540,12 @@ def holder(folder: Path) -> Holder | None:
     Where the system has no table of locks it is asked with a lock of its own, for a moment.
     """
     try:
-        status = (folder / ".lock").stat()
+        status = (folder / LOCK_FILE).stat()
     except OSError:
         return None
     if not LOCKS.is_file():
         try:
-            with filelock.FileLock(folder / ".lock", timeout=0):
+            with filelock.FileLock(folder / LOCK_FILE, timeout=0):
                 return None
         except filelock.Timeout:
             return Holder(None, "")

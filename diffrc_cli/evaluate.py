@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffrc_cli import console
-from diffrc_cli.options import DataOption, JsonOption, RunOption, SetOption
+from diffrc_cli import console, dry_run
+from diffrc_cli.options import DataOption, DryRunOption, JsonOption, RunOption, SetOption
 
 if TYPE_CHECKING:
     from engines.evaluation.accuracy import Row, Table
     from engines.evaluation.trust import Spread, Trust
+    from engines.store import RunFolder
 
 SeedsOption = Annotated[
     int | None, typer.Option("--seeds", metavar="N", min=1, help="Recognizers of each kind. Default: recognizer.seeds of the recipe.")
@@ -35,6 +36,7 @@ def evaluate(
     seeds: SeedsOption = None,
     features: FeaturesOption = None,
     overrides: SetOption = None,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Train recognizers on real images, real + replay and real + synthetic, and compare them. The same command continues.
@@ -48,6 +50,9 @@ def evaluate(
     changes = [*(overrides or ()), *([f"recognizer.seeds={seeds}"] if seeds else ()), *([_data_path(data)] if data else ())]
     opened = store.open_run(run, tuple(changes))
     opened.classes()  # trained at all? says so before any image is read
+    if plan:
+        _forecast(opened, json)
+        return
     with store.locked(opened.path):
         folder = store.create_run(opened.path, opened.recipe)  # the stored recipe is the one that the figures belong to
         with console.progress() as report:
@@ -59,6 +64,20 @@ def evaluate(
     show_trust(found.trust)
     console.prose(verdict(found.table))
     console.say(f"kept in: {folder.evaluation / 'accuracy.json'}")
+
+
+def _forecast(run: RunFolder, json: bool) -> None:
+    """What would be trained and what it would take."""
+    from engines.data.longtail import prepare
+    from engines.evaluation.forecast import forecast
+
+    found = forecast(run, prepare(run.recipe.data, None))
+    totals = dry_run.evaluation(found, run.evaluation)
+    if json:
+        console.emit_json({"run": run.path, **dry_run.evaluation_json(found), **totals.to_json()})
+        return
+    console.prose(dry_run.evaluation_sentence(found))
+    totals.show()
 
 
 def show(table: Table) -> None:

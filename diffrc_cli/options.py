@@ -45,7 +45,9 @@ EngineDeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option("--device", help="Where engines run; auto = a GPU where the engine can use one.", show_default=False),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and how long it would take; write nothing.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, what is there already, and what it would take; write nothing.")
+]
 
 
 class Log(StrEnum):

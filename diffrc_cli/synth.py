@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from diffrc_cli import console
-from diffrc_cli.options import DataOption, EngineDeviceOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli import console, dry_run
+from diffrc_cli.options import DataOption, DryRunOption, EngineDeviceOption, JsonOption, PrecisionOption, RunOption, SetOption
 from engines.errors import UsageError, YieldError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def synth(
     run: RunOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Make images by guided sampling. The same command continues after a kill; a larger --n adds to what is there.
@@ -103,6 +104,9 @@ def synth(
     filters = {"distance_band": distance_band, "confidence": confidence, "max_tries": max_tries}
     folder = open_run(run, (*(overrides or ()), *_settings("synth", typed | where), *_settings("select", filters)))
     wanted = fill_classes(folder) if fill else asked_classes(folder, names or [], n or 0)
+    if plan:
+        _forecast(folder, wanted, out, json)
+        return
     originals = _originals(folder, data)
     with console.progress() as report:
         parts = synthesize(folder, wanted, out, originals, report=report, tell=console.note)
@@ -119,6 +123,25 @@ def synth(
             console.note(f"try:     {_fewer_copies(part.model)}")
     if short := [c for part in parts for c in part.classes if c.short]:
         raise _too_few(short)
+
+
+def _forecast(run: RunFolder, wanted: dict[int, int], out: Path | None, json: bool) -> None:
+    """What would be made and what it would take."""
+    from engines.synthesis.forecast import forecast
+
+    with console.progress() as report:
+        parts = forecast(run, wanted, out, report)
+    totals = dry_run.synthesis(parts, parts[0].folder)
+    if json:
+        console.emit_json({"run": run.path, "parts": [dry_run.synthesis_json(part) for part in parts], **totals.to_json()})
+        return
+    for part in parts:
+        console.table("", ("class", "asked", "there", "to make"), [(c.name, c.asked, c.there, c.missing) for c in part.classes])
+        side = f", {part.parallel} side by side" if part.parallel > 1 else ""
+        tried = f"; of those there the selection kept 1 in {part.tries:.3g}" if part.tries > 1 else ""
+        pace = f", in {part.batches:,} batches of {console.duration(part.seconds_per_batch)}{side}" if part.missing else ""
+        console.prose(f"{part.model}: {part.missing:,} images into {part.folder} by {part.engine}{pace}{tried}")
+    totals.show()
 
 
 def _settings(section: str, typed: dict[str, Any]) -> list[str]:

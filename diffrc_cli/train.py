@@ -166,9 +166,8 @@ def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.devi
     )
     memory = max((s.memory_bytes or 0 for s in stages), default=0)
     on = f"on this {device.type}" + (f" with {console.size(memory)} of its memory" if memory else "")
-    console.say(
-        f"in all: {console.duration(found.seconds_left)} {on}; {console.size(found.disk_bytes)} of disk, {console.size(found.free_bytes)} are free"
-    )
+    disk = f"{console.size(found.disk_bytes)} of disk, {console.size(found.free_bytes)} are free"
+    console.prose(f"in all: {console.duration(found.seconds_left)} {on}; {disk}")
 
 
 def images_rate(rate: float) -> str:

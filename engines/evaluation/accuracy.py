@@ -274,18 +274,65 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
     """
     assert len(synthetic), "nothing was synthesized"
     refuse_test_images(synthetic, longtail.test)
-    classes = len(longtail.names)
+    classes, methods, device = len(longtail.names), section.methods, training_device()
     test_pixels, test_labels = all_pixels(longtail.test), longtail.test.labels
-    train_pixels = all_pixels(longtail.train)
-    real = real_images(train_pixels, longtail.train.labels)
-    synthetic_counts = synthetic.counts(classes)
+    grid = cells_of(longtail, synthetic, section, folder, device)
+    *results, oracle_result = run_cells(list(grid.values()), device, report)
+    found = dict(zip(grid, (_Prediction.of(result) for result in results), strict=False))  # the oracle is the last
+
+    tested = {longtail.groups[label] for label in np.unique(test_labels)}
+    column = next(g for g in reversed(GROUPS) if g in tested)
+    correct = {
+        (variant, method): np.stack([found[Key(variant, method, seed)].classes == test_labels for seed in range(section.seeds)])
+        for variant in VARIANTS
+        for method in methods
+    }
+
+    def compare(method: Method, against: Variant) -> Comparison:
+        pair = correct["synthetic", method], correct[against, method]
+        of_column = np.isin(test_labels, longtail.classes_of(column))
+        interval = paired_difference(pair[0][:, of_column], pair[1][:, of_column], test_labels[of_column])
+        gains = class_differences(*pair, test_labels, classes) if against == "real" else ()
+        return Comparison(method, "synthetic", against, interval, gains)
+
+    return Table(
+        names=longtail.names,
+        groups=tuple(longtail.groups),
+        counts=tuple(longtail.counts.tolist()),
+        synthetic_counts=tuple(synthetic.counts(classes).tolist()),
+        test_images=len(test_labels),
+        test_images_in_train=len(pixel_hashes(all_pixels(longtail.train)) & pixel_hashes(test_pixels)),
+        seeds=section.seeds,
+        column=column,
+        rows=tuple(
+            _row(variant, method, [found[Key(variant, method, seed)] for seed in range(section.seeds)], test_labels, longtail.groups)
+            for method in methods
+            for variant in VARIANTS
+        ),
+        comparisons=tuple(compare(method, against) for method in methods for against in VARIANTS if against != "synthetic"),
+        purity=_purity(oracle_result, synthetic.labels, classes, len(longtail.pool)),
+    )
+
+
+class Key(NamedTuple):
+    """One recognizer of the grid."""
+
+    variant: Variant | Literal["oracle"]
+    method: Method
+    seed: int
+
+
+def cells_of(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, device: torch.device) -> dict[Key, Cell]:
+    """Every recognizer that `evaluate` needs, the oracle last; nothing is trained yet. The arguments are those of `evaluate`."""
+    classes, test_pixels = len(longtail.names), all_pixels(longtail.test)
+    real = real_images(all_pixels(longtail.train), longtail.train.labels)
 
     def images_of(variant: Variant, seed: int) -> TrainingImages:
         if variant == "real":
             return real
         if variant == "synthetic":
             return real.add(synthetic.pixels, synthetic.labels, section.synthetic_weight)
-        extra = replay(longtail.train, synthetic_counts, seed)
+        extra = replay(longtail.train, synthetic.counts(classes), seed)
         if variant == "replay":
             return real.add(extra.pixels, extra.labels, is_extra=False)
         return real.add(extra.pixels, extra.labels, section.synthetic_weight)
@@ -306,45 +353,13 @@ def evaluate(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSect
 
         return Cell(path, digest, train)
 
-    device = _device()
-    methods = section.methods
-    keys = [(variant, method, seed) for seed in range(section.seeds) for method in methods for variant in VARIANTS]
-    oracle = _oracle_cell(longtail, synthetic, section, folder, device)
-    *results, oracle_result = run_cells([*(cell(*key) for key in keys), oracle], device, report)
-    found = dict(zip(keys, (_Prediction.of(result) for result in results), strict=True))
-
-    tested = {longtail.groups[label] for label in np.unique(test_labels)}
-    column = next(g for g in reversed(GROUPS) if g in tested)
-    correct = {
-        (variant, method): np.stack([found[variant, method, seed].classes == test_labels for seed in range(section.seeds)])
+    grid = {
+        Key(variant, method, seed): cell(variant, method, seed)
+        for seed in range(section.seeds)
+        for method in section.methods
         for variant in VARIANTS
-        for method in methods
     }
-
-    def compare(method: Method, against: Variant) -> Comparison:
-        pair = correct["synthetic", method], correct[against, method]
-        of_column = np.isin(test_labels, longtail.classes_of(column))
-        interval = paired_difference(pair[0][:, of_column], pair[1][:, of_column], test_labels[of_column])
-        gains = class_differences(*pair, test_labels, classes) if against == "real" else ()
-        return Comparison(method, "synthetic", against, interval, gains)
-
-    return Table(
-        names=longtail.names,
-        groups=tuple(longtail.groups),
-        counts=tuple(longtail.counts.tolist()),
-        synthetic_counts=tuple(synthetic_counts.tolist()),
-        test_images=len(test_labels),
-        test_images_in_train=len(pixel_hashes(train_pixels) & pixel_hashes(test_pixels)),
-        seeds=section.seeds,
-        column=column,
-        rows=tuple(
-            _row(variant, method, [found[variant, method, seed] for seed in range(section.seeds)], test_labels, longtail.groups)
-            for method in methods
-            for variant in VARIANTS
-        ),
-        comparisons=tuple(compare(method, against) for method in methods for against in VARIANTS if against != "synthetic"),
-        purity=_purity(oracle_result, synthetic.labels, classes, len(longtail.pool)),
-    )
+    return grid | {Key("oracle", "cross_entropy", 0): _oracle_cell(longtail, synthetic, section, folder, device)}
 
 
 class Evaluation(NamedTuple):
@@ -370,11 +385,7 @@ def evaluate_run(run: RunFolder, longtail: LongTail, report: Report = silent, ex
         ConflictError: the run was trained on other data, or the images were made by other networks than it holds now.
         DataError, Interrupted, NumericsError, StorageError: as `evaluate`, `read_images` and `open_judge`.
     """
-    if not (run.synth / "plan.json").exists():
-        raise UsageError(f"{run.path} has no synthesized images yet", "diffrc synth --fill")
-    run.keep_classes(longtail.table())
-    require_current(run)
-    refuse_data_folder(run.synth, Path(run.recipe.data.path) if run.recipe.data.path else None)
+    require_images(run, longtail)
     if extractor:
         inception.load(extractor)  # a wrong file is told before any work
     started = time.perf_counter()
@@ -387,9 +398,18 @@ def evaluate_run(run: RunFolder, longtail: LongTail, report: Report = silent, ex
         run.add_cost("evaluate", time.perf_counter() - started)
 
 
+def require_images(run: RunFolder, longtail: LongTail) -> None:
+    """Refuse a run without synthetic images, or with images that are not its own. Raises UsageError, ConflictError, DataError."""
+    if not (run.synth / "plan.json").exists():
+        raise UsageError(f"{run.path} has no synthesized images yet", "diffrc synth --fill")
+    run.keep_classes(longtail.table())
+    require_current(run)
+    refuse_data_folder(run.synth, Path(run.recipe.data.path) if run.recipe.data.path else None)
+
+
 def class_purity(longtail: LongTail, synthetic: ExtraImages, section: RecognizerSection, folder: Path, report: Report = silent) -> Purity:
     """The share of synthetic images of class k that an oracle, trained on `longtail.pool`, takes for class k."""
-    device = _device()
+    device = training_device()
     [result] = run_cells([_oracle_cell(longtail, synthetic, section, folder, device)], device, report)
     return _purity(result, synthetic.labels, len(longtail.names), len(longtail.pool))
 
@@ -438,5 +458,6 @@ def _nullable(values: Floats) -> tuple[float | None, ...]:
     return tuple(None if np.isnan(v) else float(v) for v in values)
 
 
-def _device() -> torch.device:
+def training_device() -> torch.device:
+    """Where recognizers are trained: a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -121,7 +121,7 @@ def synthesize(
     """
     if originals is not None and originals.kept_sha256 != run.classes()["kept_sha256"]:
         raise ConflictError(f"{run.path} was trained on other images than these", "--data names the data set it was trained on")
-    parts = plans.by_model(run, wanted, source_ready=_is_ready(run, "source"))
+    parts = plans.by_model(run, wanted, source_ready=is_ready(run, "source"))
     for model in parts:
         plans.check_folder(plans.folder_of(run, model, out))
     results = []
@@ -144,6 +144,11 @@ def fill_run(run: RunFolder, originals: LongTail, report: Report = silent, tell:
     """Fill every medium and few class of a run, as plain JSON values: see `synthesize`. Images of other settings are kept aside."""
     wanted = plans.fill_classes(run)
     return summary(synthesize(run, wanted, originals=originals, report=report, make_room=True, tell=tell))
+
+
+def is_ready(run: RunFolder, model: Model) -> bool:
+    """Whether a network of a run is at hand for synthesis: trained, and exported where that is needed."""
+    return run.stage(model).exists() if run.recipe.synth.engine == "torch" else onnx_path(run, model).exists()
 
 
 def summary(parts: Sequence[Synthesis]) -> dict[str, Any]:
@@ -418,10 +423,6 @@ def _sheet_rows(shelf: Shelf, wanted: Mapping[int, int], originals: LongTail | N
 
 def _first_of(images: ImageSet, class_id: int) -> Pixels:
     return images.pixels(np.flatnonzero(images.labels == class_id)[:SHEET_IMAGES])
-
-
-def _is_ready(run: RunFolder, model: Model) -> bool:
-    return run.stage(model).exists() if run.recipe.synth.engine == "torch" else onnx_path(run, model).exists()
 
 
 def _trained_guide(run: RunFolder) -> Guide | None:

@@ -16,7 +16,23 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from diffrc_cli import __version__, bench, console, data, engine, evaluate, export, import_, recipe, report, run, study, synth, train
+from diffrc_cli import (
+    __version__,
+    bench,
+    console,
+    data,
+    engine,
+    evaluate,
+    export,
+    import_,
+    recipe,
+    report,
+    run,
+    study,
+    synth,
+    train,
+    verify,
+)
 from engines.errors import DiffRCError, Interrupted, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +91,7 @@ for command in (
     train.train,
     export.export,
     synth.synth,
+    verify.verify,
     evaluate.evaluate,
     study.study,
     report.report,

@@ -176,11 +176,18 @@ def test_tensors_come_back_bit_by_bit_and_damage_is_a_data_error(tmp_path: Path)
             store.read_tensors(file)
 
 
-def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".file.123.0123abcd.tmp", ".tmp", ".mine.tmp", "file.tmp"):
-        (tmp_path / name).touch()
-    store.remove_temporaries(tmp_path)
-    assert names(tmp_path) == [".mine.tmp", ".tmp", "file.tmp"]
+def test_who_locks_a_folder_removes_what_killed_writers_left_there_and_nothing_else(tmp_path: Path) -> None:
+    left = (".file.123.0123abcd.tmp", ".tmp", ".mine.tmp", "file.tmp")
+    for place in (tmp_path, tmp_path / "below", tmp_path / "held by another" / "below"):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in left:
+            (place / name).touch()
+    (tmp_path / "held by another" / ".lock").touch()
+    with store.locked(tmp_path):
+        assert set(names(tmp_path)) >= {".mine.tmp", ".tmp", "file.tmp"}
+        assert left[0] not in names(tmp_path)
+        assert names(tmp_path / "below") == sorted(left[1:])
+        assert names(tmp_path / "held by another" / "below") == sorted(left)
 
 
 def test_a_disk_too_small_is_refused_before_work_starts_even_where_the_folder_is_not_made_yet(tmp_path: Path) -> None:
@@ -434,6 +441,13 @@ def test_one_process_at_a_time_makes_a_folder_and_a_full_disk_is_a_storage_error
         building.write("file", full())
     assert "free at least 10 bytes" in told.value.remedy
     assert names(tmp_path) == []
+
+
+def test_a_folder_where_nothing_but_a_killed_first_write_lies_becomes_a_run(tmp_path: Path) -> None:
+    (tmp_path / ".recipe.toml.123.0123abcd.tmp").touch()
+    with store.locked(tmp_path):
+        store.create_run(tmp_path, load('name = "a"'))
+    assert names(tmp_path) == [".lock", "environment.json", "recipe.toml"]
 
 
 def test_a_folder_of_other_files_is_not_taken_for_a_run(tmp_path: Path) -> None:

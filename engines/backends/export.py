@@ -63,8 +63,14 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
 
     Raises:
         UsageError: a stage is not trained.
+        ConflictError: another process exports this run.
         ParityError, NumericsError, EngineError, StorageError: see `export_onnx` and `export_plan`; what was published before stays.
     """
+    with store.locked(run.engines):
+        return _export_run(run, models, report, builds)
+
+
+def _export_run(run: RunFolder, models: tuple[Model, ...], report: Report, builds: Sequence[Build]) -> list[EngineCard]:
     from engines.training.stages import load_unet  # reads checkpoints, and brings the training with it
 
     recipe = run.recipe

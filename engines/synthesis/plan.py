@@ -224,7 +224,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConflictError(f"{folder} is a file", elsewhere)
     if folder.is_dir() and not (folder / PLAN_FILE).exists():
-        foreign = [p.name for p in folder.iterdir() if p.name != ".lock" and not store.is_temporary(p)]
+        foreign = [p.name for p in folder.iterdir() if p.name != store.LOCK_FILE and not store.is_temporary(p)]
         if foreign:
             raise ConflictError(f"{folder} is not empty and holds no synthesized images ({sorted(foreign)[0]!r} lies there)", elsewhere)
 

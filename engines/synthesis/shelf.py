@@ -112,8 +112,7 @@ class Shelf:
 
     @classmethod
     def open(cls, folder: Path, plan: Plan, wanted: Iterable[int]) -> Shelf:
-        """Scan a locked folder: trust what matches its hash, delete what does not and what killed writers left behind."""
-        store.remove_temporaries(folder)
+        """Scan a locked folder: trust what matches its hash, delete what does not."""
         shelf = cls(folder, plan, {})
         for k in range(len(plan.names)):
             place = folder / slug(plan.names[k], k)
@@ -122,7 +121,6 @@ class Shelf:
             for path in (place, place / REJECTED):
                 if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
                     raise ConflictError(f"{path} is a symbolic link", f"remove it; images are written inside {folder} only")
-                store.remove_temporaries(path)
             found = shelf.images[k] = Records()
             for path, image in scan_class(folder, plan.names, k, plan.id):
                 if image:

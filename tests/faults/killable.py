@@ -1,14 +1,16 @@
-"""A process that runs `diffrc train` in a child of its own again and again, and has it killed where it is told to.
+"""A process that runs `diffrc` in a child of its own again and again, and has it fail where it is told to.
 
-One request a line of stdin, one exit status a line of stdout; what training imports is imported once, before the first fork, so that
-a run costs its training alone. A request is JSON: {"words": [...], "cwd": "...", "kill": null or {"stage", "step", "where", "count"}}.
-From the metrics line of that step on, or of a later one of the stage,
+One request a line of stdin, one exit status a line of stdout; what commands import is imported once, before the first fork, so that
+a command costs its work alone. A request is JSON: {"words": [...], "cwd": "...", "fault": null or a fault}. A fault has
 
-    where = "line"    the child dies before (count 0) or after (count 1) the line is written
-    where = "write"   it dies at its count-th fsync: in a checkpoint's files, its manifest, its folder, a grid, the next line
-    where = "moment"  it dies count milliseconds later, wherever it is then
+    where   "line"    before (count 0) or after (count 1) a line of metrics is written
+            "write"   at the count-th fsync: in a checkpoint's files, its manifest, its folder, an image, the next line
+            "moment"  count milliseconds later, wherever the command is then
+    stage, step       it counts from the metrics line of that step on, or of a later one of the stage; without them, from the start
+    error   the number of an error that the write ends with; without it SIGKILL: nothing is flushed, no handler runs, no lock is
+            given back by hand
 
-SIGKILL each time: nothing is flushed, no handler runs, no lock is given back by hand.
+The answer to a request is {"code": exit status, "writes": fsyncs of the child, or -1 where it was killed}.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ import sklearn.datasets
 import torch
 import torch._dynamo  # which the optimizers import when they are made
 
-from diffrc_cli import train
+from diffrc_cli import evaluate, export, report, synth, train
 from diffrc_cli.app import main
 from engines import store
+from engines.evaluation import judge
+from engines.synthesis import synthesize
 from engines.training import stages
 
-BEFORE_THE_FORK = (sklearn.datasets, torch._dynamo, train, stages)
+BEFORE_THE_FORK = (sklearn.datasets, torch._dynamo, train, export, synth, evaluate, report, stages, synthesize, judge)
 
 append_json, fsync = store.append_json, os.fsync
+writes = 0
 
 
 def die() -> None:
@@ -42,38 +47,56 @@ def die() -> None:
     time.sleep(60)  # the signal comes to the process before this thread goes on
 
 
-def arm(kill: Mapping[str, Any]) -> None:
-    """Have this process killed as told."""
-    count, armed = int(kill["count"]), threading.Event()
+def watched_fsync(descriptor: int) -> None:
+    global writes
+    writes += 1
+    fsync(descriptor)
 
-    def watched_append(path: Path, value: Mapping[str, Any]) -> None:
-        here = path.parent.name == kill["stage"] and value.get("step", -1) >= kill["step"] and not armed.is_set()
-        if here and kill["where"] == "line" and not count:
-            die()
-        if here:
-            armed.set()
-        append_json(path, value)
-        if here and kill["where"] == "line":
-            die()
-        if here and kill["where"] == "moment":
+
+def arm(fault: Mapping[str, Any]) -> None:
+    """Have this process fail as told."""
+    count, where, armed = int(fault["count"]), fault["where"], threading.Event()
+
+    def begin() -> None:
+        armed.set()
+        if where == "moment":
             threading.Timer(count / 1000, die).start()
 
-    def watched_fsync(descriptor: int) -> None:
-        nonlocal count
-        if armed.is_set() and kill["where"] == "write":
-            if not count:
-                die()
-            count -= 1
-        fsync(descriptor)
+    def append_and_count(path: Path, value: Mapping[str, Any]) -> None:
+        here = path.parent.name == fault["stage"] and value.get("step", -1) >= fault["step"] and not armed.is_set()
+        if here and where == "line" and not count:
+            die()
+        if here and where == "write":
+            begin()
+        append_json(path, value)
+        if here and where == "line":
+            die()
+        if here and where == "moment":
+            begin()
 
-    store.append_json, os.fsync = watched_append, watched_fsync
+    def fsync_or_fail(descriptor: int) -> None:
+        nonlocal count
+        if armed.is_set() and where == "write":
+            count -= 1
+            if count < 0 and "error" not in fault:
+                die()
+            if count == -1:
+                raise OSError(fault["error"], os.strerror(fault["error"]))
+        watched_fsync(descriptor)
+
+    os.fsync = fsync_or_fail
+    if "stage" in fault:
+        store.append_json = append_and_count
+    else:
+        begin()
 
 
 def child(request: Mapping[str, Any]) -> int:
     os.chdir(request["cwd"])
     sys.stdout = sys.stderr  # stdout is the answer's
-    if request["kill"]:
-        arm(request["kill"])
+    os.fsync = watched_fsync
+    if request["fault"]:
+        arm(request["fault"])
     try:
         main(request["words"])
     except SystemExit as end:
@@ -81,10 +104,23 @@ def child(request: Mapping[str, Any]) -> int:
     return 0
 
 
+def run(request: Mapping[str, Any]) -> dict[str, int]:
+    """In a child; how often it flushed comes back through a pipe, if it lives to say so."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        os.close(reading)
+        code = child(request)
+        os.write(writing, str(writes).encode())
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    return {"code": os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), "writes": int(told or -1)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in sys.stdin:
-        process = os.fork()
-        if not process:
-            os._exit(child(json.loads(line)))
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        print(json.dumps(run(json.loads(line))), flush=True)

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engines import store
-
-ROOT = Path(__file__).parent.parent.parent
 RUN = Path("runs/digits-lt")
 STAGES = ("source", "target", "guide")
 STEPS = 16
@@ -39,57 +31,27 @@ SETTINGS = (  # every kind of state that a checkpoint holds: a timestep sampler'
 )
 
 
-class Training:
-    """`diffrc train` in children of one process that has torch loaded."""
-
-    def __init__(self, settings: Sequence[str], messages: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).parent / "killable.py")]
-        self.messages = messages  # all of stderr; a pipe that nobody reads would fill up
-        with messages.open("w") as stderr:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
-            )
-        self.words = ["train", "digits-lt", *(word for item in settings for word in ("--set", item))]
-
-    def __call__(self, folder: Path, kill: dict[str, Any] | None = None) -> int:
-        """Train in a folder, killed or to the end. Returns the exit status, -9 where the kill came."""
-        assert self.process.stdin and self.process.stdout
-        folder.mkdir(exist_ok=True)
-        self.process.stdin.write(json.dumps({"words": self.words, "cwd": str(folder), "kill": kill}) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def said(self) -> str:
-        return self.messages.read_text()[-2000:]
+Train = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def train(tiny_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
-    training = Training([*tiny_settings, *SETTINGS], tmp_path_factory.mktemp("messages") / "stderr.txt")
-    yield training
-    training.process.communicate(timeout=60)
+def train(diffrc: Any, tiny_settings: tuple[str, ...]) -> Train:
+    """train(folder, fault): the exit status of `diffrc train`, -9 where the kill came."""
+    words = ["train", "digits-lt", *(word for item in (*tiny_settings, *SETTINGS) for word in ("--set", item))]
+    return lambda folder, fault=None: int(diffrc(folder, words, fault).code)
 
 
 @pytest.fixture(scope="module")
-def whole(train: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody killed."""
     folder = tmp_path_factory.mktemp("whole")
     assert train(folder) == 0
     return folder
 
 
-def what_training_left(run: Path) -> dict[str, Any]:
-    """sha256 of every file of the three stages, and their figures; only the time that a step took may differ."""
-    found: dict[str, Any] = {}
-    for stage in STAGES:
-        for path in sorted(p for p in (run / stage).rglob("*") if p.is_file()):
-            name = path.relative_to(run).as_posix()
-            if path.name == "metrics.jsonl":
-                found[name] = [{k: v for k, v in line.items() if "second" not in k} for line in store.read_json_lines(path)]
-            else:
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+def what_training_left(run: Path, left_by: Callable[..., Any]) -> dict[str, Any]:
+    """Of every file of the three stages."""
+    return {stage: left_by(run / stage) for stage in STAGES}
 
 
 def kills(stage: str, count: int, seed: int) -> list[dict[str, Any]]:
@@ -103,7 +65,7 @@ def kills(stage: str, count: int, seed: int) -> list[dict[str, Any]]:
     return plan
 
 
-def killed_run(train: Training, whole: Path, folder: Path, plan: Sequence[dict[str, Any]]) -> tuple[Path, int]:
+def killed_run(train: Train, whole: Path, folder: Path, plan: Sequence[dict[str, Any]]) -> tuple[Path, int]:
     """A run killed as planned, then trained to its end. It starts from the stages before the first one that is killed.
 
     Returns: the run folder, and how many kills came before the end of the run.
@@ -113,16 +75,18 @@ def killed_run(train: Training, whole: Path, folder: Path, plan: Sequence[dict[s
     for later in STAGES[STAGES.index(stage) :]:
         shutil.rmtree(folder / RUN / later)
     ends = [train(folder, kill) for kill in plan]
-    assert set(ends) <= {-9, 0}, train.said()
-    assert train(folder) == 0, train.said()
+    assert set(ends) <= {-9, 0}
+    assert train(folder) == 0
     return folder / RUN, ends.count(-9)
 
 
-def test_a_run_killed_twice_in_every_stage_ends_with_the_bytes_of_one_that_was_not(train: Training, whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_twice_in_every_stage_ends_with_the_bytes_of_one_that_was_not(
+    train: Train, whole: Path, left_by: Any, tmp_path: Path
+) -> None:
     plan = [kill for stage in STAGES for kill in kills(stage, 2, seed=2)]
     run, killed = killed_run(train, whole, tmp_path / "killed", plan)
     assert killed == len(plan)
-    assert what_training_left(run) == what_training_left(whole / RUN)
+    assert what_training_left(run, left_by) == what_training_left(whole / RUN, left_by)
     assert [path for path in run.rglob("*") if path.name.endswith(".tmp")] == [], "of a killed writer nothing is left"
 
 
@@ -130,18 +94,18 @@ def test_a_run_killed_twice_in_every_stage_ends_with_the_bytes_of_one_that_was_n
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_killed_twenty_times_ends_with_the_bytes_of_one_that_was_not(
-    train: Training, whole: Path, tmp_path: Path, stage: str
+    train: Train, whole: Path, left_by: Any, tmp_path: Path, stage: str
 ) -> None:
     run, killed = killed_run(train, whole, tmp_path / "killed", kills(stage, 20, seed=20))
     assert killed >= 17, "late kills may find the stage at its end"
-    assert what_training_left(run) == what_training_left(whole / RUN)
+    assert what_training_left(run, left_by) == what_training_left(whole / RUN, left_by)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_first_checkpoint_may_be_cut_off_at_any_of_its_writes(train: Training, whole: Path, tmp_path: Path) -> None:
+def test_the_first_checkpoint_may_be_cut_off_at_any_of_its_writes(train: Train, whole: Path, left_by: Any, tmp_path: Path) -> None:
     for count in range(WRITES_OF_A_CHECKPOINT):
         kill = {"stage": "guide", "step": 3, "where": "write", "count": count}
         run, killed = killed_run(train, whole, tmp_path / str(count), [kill])
         assert killed == 1
-        assert what_training_left(run) == what_training_left(whole / RUN)
+        assert what_training_left(run, left_by) == what_training_left(whole / RUN, left_by)

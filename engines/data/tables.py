@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from engines.data.decode import BadImage
 from engines.data.images import EncodedReader, ImageSet, Indices
 from engines.data.splits import Splits, hold_out, image_set
 from engines.errors import DataError
@@ -104,7 +105,7 @@ class _Tables:
             images = self._read_group(group)
         content = images[row - self._groups[group].first_row].as_py()
         if content is None:
-            raise DataError(f"{self.origin(row)} has no image bytes", "--set data.on_bad_image=skip leaves it out")
+            raise BadImage("empty", f"{self.origin(row)} has no image bytes", "--set data.on_bad_image=skip leaves it out")
         assert isinstance(content, bytes)
         return content
 

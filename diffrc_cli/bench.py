@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from diffrc_cli import bench_quality, console
-from diffrc_cli.options import DeviceOption, JsonOption, RecipeOption, RunOption, SetOption
+from diffrc_cli.options import DeviceOption, DryRunOption, JsonOption, RecipeOption, RunOption, SetOption
 from diffrc_cli.recipe import resolve
 from engines.errors import UsageError
 
@@ -72,6 +72,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="About a minute: batch 8 side by side, 3 short turns.")] = False,
     device: DeviceOption = "auto",
     chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE.png", help="Draw it there too.", show_default=False)] = None,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """How fast every engine is here, beside torch and diffusers on the same network; by default that of the latest run.
@@ -93,7 +94,11 @@ def bench(
     settings = replace(settings, runtimes=tuple(map(str, engine or ())))
     subject = _subject(run, recipe, network, overrides)
     speed.require(subject, settings)
-    expected = console.duration(speed.estimate_seconds(subject, settings))
+    seconds = speed.estimate_seconds(subject, settings)
+    expected = console.duration(seconds)
+    if plan:
+        _plan(subject, settings, seconds, json)
+        return
     console.note(f"{subject.name}: takes about {expected}; the figures are good where the machine does nothing else")
     with console.progress() as report:
         found = document(speed.measure(subject, settings, report))
@@ -105,6 +110,22 @@ def bench(
     _show(found)
     if chart:
         console.say(f"chart: {chart}")
+
+
+def _plan(subject: Subject, settings: Settings, seconds: float, json: bool) -> None:
+    """What would be timed and how long it would take; a bench keeps nothing but its chart."""
+    from engines.benchmark.speed import candidates
+    from engines.networks.unet import parameter_count
+
+    arms = {mode: candidates(mode, settings) for mode in settings.modes}
+    if json:
+        network = {"network": subject.name, "parameters": parameter_count(subject.unet), "device": settings.device}
+        asked = {"batches": settings.batches, "turns": settings.turns, "guided": settings.guided, "modes": arms}
+        console.emit_json({**network, **asked, "seconds_left": seconds})
+        return
+    for mode, names in arms.items():
+        console.prose(f"{mode}: {', '.join(names)}; batches of {', '.join(map(str, settings.batches))}; {settings.turns} turns each")
+    console.prose(f"{subject.name}, {parameter_count(subject.unet) / 1e6:.3g} M parameters: about {console.duration(seconds)}")
 
 
 def _settings(

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from diffrc_cli import console
+from diffrc_cli import console, dry_run
 from diffrc_cli.evaluate import FeaturesOption
-from diffrc_cli.options import DataOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.options import DataOption, DryRunOption, JsonOption, PrecisionOption, RunOption, SetOption
 from diffrc_cli.synth import EngineOption
 from engines.errors import UsageError
 
 if TYPE_CHECKING:
-    from engines.benchmark.quality import Estimate, Quality, Row
+    from engines.benchmark.quality import Estimate, Quality, Row, Setting
+    from engines.data.longtail import LongTail
+    from engines.store import RunFolder
 
 SamplerName = Literal["ddpm", "ddim", "dpmpp_2m"]
 
@@ -45,6 +47,7 @@ def quality(
     run: RunOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Make images with few steps and with many, and show how true, pure, varied and dear they are. The same command continues.
@@ -59,6 +62,9 @@ def quality(
     settings = settings_of(_samplers(samplers), _steps(steps), _scales(scales))
     folder = open_run(run, (*(overrides or ()), *chosen))
     classes = tail_classes(folder, names or ())
+    if plan:
+        _forecast(folder, prepare(folder.recipe.data, data), settings, classes, n, json)
+        return
     with console.progress() as report:
         found = bench_quality(
             folder, prepare(folder.recipe.data, data), settings, classes, n, report=report, tell=console.note, extractor=features
@@ -69,6 +75,32 @@ def quality(
     show(found)
     console.prose(advice(found))
     console.say(f"chart: {found.chart}")
+
+
+def _forecast(run: RunFolder, tail: LongTail, settings: list[Setting], classes: list[int], n: int, json: bool) -> None:
+    """What would be made and what it would take."""
+    from engines.benchmark.quality import folder_of, forecast_quality
+
+    with console.progress() as report:
+        found = forecast_quality(run, tail, settings, classes, n, report)
+    totals = dry_run.synthesis([part for _, part in found], folder_of(run))
+    if json:
+        cells = [{"sampler": s.sampler, "steps": s.steps, "guidance_scale": s.scale, **dry_run.synthesis_json(part)} for s, part in found]
+        console.emit_json({"run": run.path, "cells": cells, **totals.to_json()})
+        return
+    columns = ("sampler", "steps", *(("s",) if any(s.scale is not None for s, _ in found) else ()), "to make", "takes")
+    rows = [
+        (
+            s.sampler,
+            s.steps,
+            *((f"{s.scale:g}",) if s.scale is not None else ()),
+            f"{part.missing:,}",
+            console.duration(part.seconds_left) if part.missing else None,
+        )
+        for s, part in found
+    ]
+    console.table("", columns, rows)
+    totals.show()
 
 
 def show(quality: Quality) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from diffrc_cli import console
-from diffrc_cli.options import EngineDeviceOption, ForceOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli import console, dry_run
+from diffrc_cli.options import DryRunOption, EngineDeviceOption, ForceOption, JsonOption, PrecisionOption, RunOption, SetOption
 from engines.errors import EngineError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def export(
     diffusers: DiffusersOption = None,
     force: ForceOption = False,
     overrides: SetOption = None,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Export the trained U-Net to ONNX and hold each engine to torch's numbers; one that disagrees is not published (exit 6).
@@ -69,6 +70,8 @@ def export(
     from engines.backends.export import export_run, onnx_path
     from engines.store import open_run
 
+    if diffusers and plan:
+        raise UsageError("--dry-run plans engines; --diffusers takes a second", "--diffusers without --dry-run")
     if diffusers and (engine or precision or device or batch or opset):
         raise UsageError("--diffusers writes no engine", "leave --engine, --precision, --device, --batch and --opset out")
     typed = {"export.max_batch": batch, "export.opset": opset, "synth.device": device}
@@ -80,6 +83,9 @@ def export(
     if force:
         raise UsageError("--force goes with --diffusers", "diffrc export; an engine that no longer fits is replaced without it")
     builds, failed = _builds(folder.recipe, engine, precision), list[EngineError | ParityError]()
+    if plan:
+        _forecast(folder, model, builds, json)
+        return
     for build in builds:
         try:
             with console.progress() as report:
@@ -103,6 +109,23 @@ def export(
         raise max(failed, key=lambda error: error.exit_code)
     if not json:
         console.say("next: diffrc synth --fill, or diffrc synth --class NAME --n 50")
+
+
+def _forecast(run: RunFolder, model: Literal["target", "source"], builds: list[Build], json: bool) -> None:
+    """What would be exported and what it would take."""
+    from engines.backends.forecast import forecast
+    from engines.progress import peak_memory_bytes
+
+    found = forecast(run, model, builds)
+    seconds, disk = sum(f.seconds_left for f in found), sum(f.disk_bytes for f in found)
+    totals = dry_run.Totals(seconds, disk, peak_memory_bytes(), "cpu", run.engines)
+    if json:
+        rows = [f.__dict__ | {"build": str(f.build), "path": str(f.path)} for f in found]
+        console.emit_json({"run": run.path, "model": model, "engines": rows, **totals.to_json()})
+        return
+    states = [(f.build, "fits, is kept" if f.current else "to export", "yes" if f.guided else "no", f.path) for f in found]
+    console.table("", ("engine", "state", "guided step", "file"), states)
+    totals.show()
 
 
 def _builds(recipe: Recipe, engine: EngineName | None, precision: Literal["fp32", "bf16", "fp16"] | None) -> list[Build]:

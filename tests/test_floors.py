@@ -18,6 +18,7 @@ FLOORS = (  # the longest name that a module's own begins with decides
         "engines.sharing",
         "engines.training",
         "engines.backends.export",
+        "engines.backends.forecast",
         "engines.backends.inventory",
         "engines.benchmark",
         "engines.study",

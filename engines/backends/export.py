@@ -86,7 +86,7 @@ def _export_run(run: RunFolder, models: tuple[Model, ...], report: Report, build
                 if needed is None:
                     continue
                 device = choice.device_of(needed, recipe.synth.device if needed == build else "auto")
-                card = _current(path, unet, recipe, needed, device)
+                card = current_card(path, unet, recipe, needed, device)
                 if card is None:
                     started = time.perf_counter()
                     with gpu_failures():
@@ -320,7 +320,7 @@ def _moved(unet: UNet, device: torch.device) -> UNet:
     return unet if device == CPU else copy.deepcopy(unet).to(device)
 
 
-def _current(path: Path, unet: UNet, recipe: Recipe, build: Build, device: torch.device) -> EngineCard | None:
+def current_card(path: Path, unet: UNet, recipe: Recipe, build: Build, device: torch.device) -> EngineCard | None:
     """The card of an engine that was made from these weights by this recipe and these packages, and measured here, or None."""
     try:
         card = choice.read(path, build).card

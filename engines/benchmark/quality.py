@@ -43,7 +43,8 @@ from engines.interrupt import StopRequest, catch_signals
 from engines.progress import Report, silent
 from engines.recipe import Recipe
 from engines.store import RunFolder
-from engines.synthesis.maker import open_maker
+from engines.synthesis.forecast import PartForecast, forecast_part
+from engines.synthesis.maker import Maker, open_maker
 from engines.synthesis.plan import by_model
 from engines.synthesis.sheet import read_images
 from engines.synthesis.synthesize import make_folder
@@ -60,6 +61,7 @@ LOSSES: dict[str, Callable[[Floats], Floats]] = {  # a measure as a loss
     "hit_rate": lambda percent: -percent,
     "diversity": lambda ratio: -np.minimum(ratio, 1.0),  # as varied as real images is enough: beyond lies what is no image
 }
+MEASURED_SECONDS = 6.0  # at most, of a forecast
 TOLD_APART = 2.0  # standard deviations of a difference
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -214,14 +216,8 @@ def bench_quality(
         ConflictError: the run was trained on other data, or another process is at the same work.
         EngineError, NumericsError, Interrupted, DataError, StorageError: as `synthesize` does.
     """
-    run.keep_classes(longtail.table())
-    every = [_recipe(run, setting) for setting in settings]  # all mistakes before any work
-    by_model(run, dict.fromkeys(classes, 1), source_ready=False)
-    each = -(-images // len(classes))
-    if each < 2:
-        raise UsageError(f"{images} images are fewer than two for each of {len(classes)} classes", f"--n {2 * len(classes)} or more")
-    _require_real(longtail, classes)
-    folder, told = run.path / "bench" / "quality", set[str]()
+    every, each = _checked(run, longtail, settings, classes, images)
+    folder, told = folder_of(run), set[str]()
 
     def tell_once(words: str) -> None:
         if words not in told:
@@ -257,6 +253,40 @@ def bench_quality(
         store.write_json(folder / "quality.json", quality.to_json())
         store.write_bytes(folder / "quality.png", quality_png(quality.to_json()))
     return quality
+
+
+def forecast_quality(
+    run: RunFolder, longtail: LongTail, settings: Sequence[Setting], classes: Sequence[int], images: int, report: Report = silent
+) -> list[tuple[Setting, PartForecast]]:
+    """The images that each cell lacks, and what they take; judging them is not counted. Raises as `bench_quality` before any work."""
+    every, each = _checked(run, longtail, settings, classes, images)
+    found, wanted = [], dict.fromkeys(classes, each)
+    for done, (setting, recipe) in enumerate(zip(settings, every, strict=True)):
+        report("measure", done, len(every), {})
+        maker = open_maker(RunFolder(run.path, recipe), recipe.synth.model)
+        place = _place(folder_of(run), maker)
+        found.append((setting, forecast_part(maker, place, place, wanted, most_seconds=MEASURED_SECONDS / len(every))))
+    report("measure", len(every), len(every), {})
+    return found
+
+
+def folder_of(run: RunFolder) -> Path:
+    """Where a run's images and figures are kept."""
+    return run.path / "bench" / "quality"
+
+
+def _checked(
+    run: RunFolder, longtail: LongTail, settings: Sequence[Setting], classes: Sequence[int], images: int
+) -> tuple[list[Recipe], int]:
+    """The recipe of each cell, and images of each class: all mistakes before any work."""
+    run.keep_classes(longtail.table())
+    every = [_recipe(run, setting) for setting in settings]
+    by_model(run, dict.fromkeys(classes, 1), source_ready=False)
+    each = -(-images // len(classes))
+    if each < 2:
+        raise UsageError(f"{images} images are fewer than two for each of {len(classes)} classes", f"--n {2 * len(classes)} or more")
+    _require_real(longtail, classes)
+    return every, each
 
 
 @dataclass(frozen=True)
@@ -324,12 +354,11 @@ def _cell(
     tell: Callable[[str], None],
 ) -> Cell:
     """One cell. Its images lie in a folder named after their plan, so that other networks or engines get another."""
-    synth = run.recipe.synth
-    name = f"{synth.sampler}-{synth.steps}-s{synth.guidance_scale:g}".replace(",", "+")
+    synth, name = run.recipe.synth, _name(run.recipe)
 
     def make(hear: Report) -> dict[str, Any]:
         maker = open_maker(run, synth.model, tell=tell)
-        place = folder / "images" / f"{name}-{maker.plan.id[:12]}"
+        place = _place(folder, maker)
         found = make_folder(place, maker, wanted, workers=workers, report=hear, stop=stop)
         timing = _timing(place, found.seconds, found.made)
         pixels, labels = _first_of_each(*read_images(place), wanted)
@@ -355,6 +384,15 @@ def _cell(
     }
     digest = recipes.digest(identity)
     return Cell(folder / "cells" / f"{name}-{digest[:12]}.json", digest, make)
+
+
+def _name(recipe: Recipe) -> str:
+    synth = recipe.synth
+    return f"{synth.sampler}-{synth.steps}-s{synth.guidance_scale:g}".replace(",", "+")
+
+
+def _place(folder: Path, maker: Maker) -> Path:
+    return folder / "images" / f"{_name(maker.recipe)}-{maker.plan.id[:12]}"
 
 
 def measure(judge: Judge, reference: _Reference, pixels: Pixels, labels: Labels) -> dict[str, Any]:

@@ -209,6 +209,11 @@ def expected_seconds(image_seconds: float, builds: Sequence[Build], settings: Se
     return total
 
 
+def candidates(mode: Mode, settings: Settings, builds: Sequence[Build] = BUILDS) -> list[str]:
+    """What `measure` tries in a mode, by name; what cannot run here it leaves out and says why."""
+    return [arm.name for arm in _arms(mode, settings, {}, builds)]
+
+
 def take_turns(players: Sequence[Player], batch: int, turns: int, seconds: float) -> list[list[list[float]]]:
     """By player, by turn: milliseconds of its evaluations. One turn goes before and is not kept; every other turn goes backward."""
     taken: list[list[list[float]]] = [[] for _ in players]

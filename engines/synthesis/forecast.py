@@ -101,7 +101,7 @@ def forecast(
             if not make_room:
                 plans.keep_plan(folder, maker.plan)  # raises: it is another one
             here, aside = _kept_aside(run, folder, maker.plan), True
-        found.append(_part(maker, folder, here, classes, aside))
+        found.append(forecast_part(maker, folder, here, classes, aside))
     report("measure", len(parts), len(parts), {})
     return found
 
@@ -117,11 +117,18 @@ def forecast_untrained(recipe: Recipe, data: LongTail, device: torch.device, fol
     plan = Plan({"classes": list(data.names), "image": list(engine.card.shape)}, {})
     maker = Maker(recipe, plan, recipe.synth.model, engine, guide, device)
     counts = plans.fill_counts(recipe, data.counts, data.groups)
-    return _part(maker, folder, None, {int(k): int(counts[k]) for k in np.flatnonzero(counts)}, aside=False)
+    return forecast_part(maker, folder, None, {int(k): int(counts[k]) for k in np.flatnonzero(counts)})
 
 
-def _part(maker: Maker, folder: Path, here: Path | None, wanted: Mapping[int, int], aside: bool) -> PartForecast:
-    """`here`: where images of the maker's plan lie, if anywhere."""
+def forecast_part(
+    maker: Maker, folder: Path, here: Path | None, wanted: Mapping[int, int], aside: bool = False, most_seconds: float = MOST_SECONDS
+) -> PartForecast:
+    """What making images in a folder would take.
+
+    Args:
+        here: where images of the maker's plan lie, if anywhere; `aside` as in `PartForecast`.
+        most_seconds: of measuring.
+    """
     kept, dropped = dict.fromkeys(wanted, 0), 0
     for k in wanted:
         if here and (here / slug(maker.plan.names[k], k)).exists():
@@ -133,7 +140,7 @@ def _part(maker: Maker, folder: Path, here: Path | None, wanted: Mapping[int, in
     missing = sum(c.missing for c in classes)
     batches = math.ceil(missing * tries / maker.recipe.synth.batch_size)
     parallel = min(maker.parallel, max(1, batches))
-    seconds, memory_bytes = measure(maker, parallel) if missing else (0.0, 0)
+    seconds, memory_bytes = measure(maker, parallel, most_seconds) if missing else (0.0, 0)
     card = maker.engine.card
     image_bytes = int(np.prod(card.shape)) * BYTES_PER_VALUE + BYTES_PER_IMAGE
     return PartForecast(
@@ -152,7 +159,7 @@ def _part(maker: Maker, folder: Path, here: Path | None, wanted: Mapping[int, in
     )
 
 
-def measure(maker: Maker, parallel: int = 1) -> tuple[float, int]:
+def measure(maker: Maker, parallel: int = 1, most_seconds: float = MOST_SECONDS) -> tuple[float, int]:
     """Seconds that a full batch takes, and bytes of memory that `parallel` of them do, from some steps of one that is given up.
 
     Steps with guidance and without it count apart; of a kind that was not met, the other's time is taken.
@@ -163,7 +170,7 @@ def measure(maker: Maker, parallel: int = 1) -> tuple[float, int]:
     def log(step: StepLog) -> None:
         ended.append(time.perf_counter())
         seen.append(step.t)
-        if len(ended) > LEAST_STEPS and ended[-1] - ended[0] > MOST_SECONDS:
+        if len(ended) > LEAST_STEPS and ended[-1] - ended[0] > most_seconds:
             raise GivenUp
 
     def draw() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 
 from engines.data.decode import Frame
 from engines.data.images import EncodedReader, ImageSet, Indices, Reader, Shelf
+from engines.data.names import shorten
 from engines.errors import DataError
 from engines.recipe import DataSection
 
+MAX_NAME_CHARACTERS = 1 << 16  # of a class: its name stands in every file that is made of it
 HOLD_OUT_SEED = 0  # the test split stays the same whatever long tail is cut out of the rest
 
 Splits = tuple[ImageSet, ImageSet]
@@ -39,7 +41,7 @@ def hold_out(images: ImageSet, per_class: int, remedy: str = "add images of it")
 
 
 def check(splits: Splits, path: Path | None) -> Splits:
-    """The same pair, if both splits name the same two or more classes and each class has a training image.
+    """The same pair, if both splits name the same two or more classes, as text that can be written, and each has a training image.
 
     Raises DataError otherwise.
     """
@@ -48,6 +50,12 @@ def check(splits: Splits, path: Path | None) -> Splits:
     where = f"{path}" if path else "the data set"
     if len(train.names) < 2:
         raise DataError(f"{where} has {len(train.names)} class; a long tail needs at least two", "add images of another class")
+    for name in train.names:
+        if len(name) > MAX_NAME_CHARACTERS:
+            problem = f"{where} has a class whose name takes {len(name):,} characters ({shorten(name)!r})"
+            raise DataError(problem, f"give it one of {MAX_NAME_CHARACTERS:,} at most")
+        if not _is_text(name):
+            raise DataError(f"{where} has a class named {shorten(name)!r}, which is no text that a file can hold", "give it another name")
     twice = {name for name in train.names if train.names.count(name) > 1} if len(set(train.names)) < len(train.names) else set()
     if twice:
         raise DataError(f"{where} has two classes named {min(twice)!r}", "give every class a name of its own")
@@ -57,6 +65,15 @@ def check(splits: Splits, path: Path | None) -> Splits:
         also = f" (nor have {len(empty) - 1} more classes)" if len(empty) > 1 else ""
         raise DataError(f"class {train.names[empty[0]]!r} of {where} has no training image{also}", "add images of it, or remove the class")
     return splits
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name has a UTF-8: half of a surrogate pair, which JSON can spell, has none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _too_few(names: Sequence[str], counts: Indices, per_class: int, remedy: str) -> DataError:

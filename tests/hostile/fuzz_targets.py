@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -199,7 +198,18 @@ PICKLE_WORDS = (
     *(b"U\1a", b"T\4\0\0\0data", b"X\4\0\0\0data", b"C\1a", b"B\1\0\0\0a", b"\x8c\4data", b"Vdata\n", b"S'a'\n", b"q\0", b"r\0\0\1\0"),
     *(b"h\0", b"j\0\0\0\0", b"g0\n", b"p0\n", b"\x94", b"s", b"u", b"a", b"e", b"d", b"l", b"t", b"\x85", b"\x86", b"\x87", b"R", b"b"),
     *(b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n", b"\x93", b"\x81"),
-    *(b"cposix\nsystem\n", b"cbuiltins\neval\n", b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x82\1", b"Pid\n", b"Q", b"i", b"o", b"0", b"2"),
+    *(
+        b"cposix\nsystem\n",
+        b"cbuiltins\neval\n",
+        b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f",
+        b"\x82\1",
+        b"Pid\n",
+        b"Q",
+        b"i",
+        b"o",
+        b"0",
+        b"2",
+    ),
 )
 # --------------------------------------------------------------------------------------------------------------- tables
 
@@ -227,7 +237,12 @@ def _tables() -> list[bytes]:
     images = [png(k % 5) for k in range(12)]
     names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}
     made = (
-        (pa.array([{"bytes": image, "path": "x.png"} for image in images]), pa.array([0, 1] * 6), {"huggingface": json.dumps(names)}, "snappy"),
+        (
+            pa.array([{"bytes": image, "path": "x.png"} for image in images]),
+            pa.array([0, 1] * 6),
+            {"huggingface": json.dumps(names)},
+            "snappy",
+        ),
         (pa.array(images, pa.binary()), pa.array(["cat", "dog"] * 6), None, "none"),
         (pa.array(images, pa.large_binary()), pa.array([0, 1] * 6, pa.int8()), None, "zstd"),
     )
@@ -265,9 +280,36 @@ def _read_study(data: bytes, folder: Path) -> None:
 
 
 TOML_WORDS = (
-    *(b"[source]\n", b"[[arms]]\n", b"lr = nan\n", b"lr = inf\n", b"seed = -1\n", b"seed = 99999999999999999999\n", b"= ", b"[", b"]", b"{", b'"'),
-    *(b"'''", b"\\u0000", b"\x00", b"\xff", b"\n", b"\r", b"#", b"2026-01-01", b"true", b"[1,", b"{a={", b"a.b.c=1\n", b"unknown = 1\n", b"-"),
-    *(b'name = "../x"\n', b'data = 1\n', b"1e999", b"0x" + b"f" * 40, b'"\\ud800"', b"\xf0\x9f\xa6\xa2", b"channel_mult = []\n", b"1_0"),
+    *(
+        b"[source]\n",
+        b"[[arms]]\n",
+        b"lr = nan\n",
+        b"lr = inf\n",
+        b"seed = -1\n",
+        b"seed = 99999999999999999999\n",
+        b"= ",
+        b"[",
+        b"]",
+        b"{",
+        b'"',
+    ),
+    *(
+        b"'''",
+        b"\\u0000",
+        b"\x00",
+        b"\xff",
+        b"\n",
+        b"\r",
+        b"#",
+        b"2026-01-01",
+        b"true",
+        b"[1,",
+        b"{a={",
+        b"a.b.c=1\n",
+        b"unknown = 1\n",
+        b"-",
+    ),
+    *(b'name = "../x"\n', b"data = 1\n", b"1e999", b"0x" + b"f" * 40, b'"\\ud800"', b"\xf0\x9f\xa6\xa2", b"channel_mult = []\n", b"1_0"),
 )
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -332,7 +374,7 @@ def _torch_files() -> list[bytes]:
     for zipped in (True, False):
         buffer = io.BytesIO()
         state = {"a.weight": torch.ones(3, 2), "b": torch.zeros(4, dtype=torch.float16)}
-        torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+        torch.save(state, buffer, _use_new_zipfile_serialization=zipped)  # noqa: TID251 - what a stranger would
         found.append(buffer.getvalue())
     return found
 
@@ -476,7 +518,22 @@ JSON_WORDS = (
 )
 PNG_WORDS = (
     *(b"IHDR", b"IDAT", b"IEND", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"PLTE", b"tRNS", b"iCCP", b"fdAT", b"acTL", b"\xff\xd8", b"\xff\xda"),
-    *(b"\xff\xc0", b"\xff\xc2", b"\xff\xe1", b"\xff\xd9", b"II*\0", b"MM\0*", b"GIF89a", b"RIFF", b"VP8L", b"VP8X", b"BM", b"P5 ", b"P7\n", b"Pf"),
+    *(
+        b"\xff\xc0",
+        b"\xff\xc2",
+        b"\xff\xe1",
+        b"\xff\xd9",
+        b"II*\0",
+        b"MM\0*",
+        b"GIF89a",
+        b"RIFF",
+        b"VP8L",
+        b"VP8X",
+        b"BM",
+        b"P5 ",
+        b"P7\n",
+        b"Pf",
+    ),
 )
 
 TARGETS = {
@@ -490,7 +547,22 @@ TARGETS = {
             "csv",
             lambda: [b"path,label,split\n0.png,0,train\n1.png,1,train\n", b'\xef\xbb\xbfpath,label\r\n"0.png",0\r\n1.png,1\r\n'],
             functools.partial(_read_list, "l.csv"),
-            (b'"', b",", b"\n", b"\r", b"../", b"/", b"\0", b"\xff", b"path", b"label", b"-1", b"99999999999", b"\xe2\x80\xa8", b"a" * 200_000),
+            (
+                b'"',
+                b",",
+                b"\n",
+                b"\r",
+                b"../",
+                b"/",
+                b"\0",
+                b"\xff",
+                b"path",
+                b"label",
+                b"-1",
+                b"99999999999",
+                b"\xe2\x80\xa8",
+                b"a" * 200_000,
+            ),
         ),
         Target(
             "txt",
@@ -498,7 +570,9 @@ TARGETS = {
             functools.partial(_read_list, "l.txt"),
             (b"\n", b" ", b"\t", b"../", b"/", b"\0", b"\xff", b"1_0", b"-1", b"99999999999", b"\xe2\x80\xa8", b"\xc2\x85", b" " * 50_000),
         ),
-        Target("parquet", _tables, _read_parquet, (b"PAR1", b"image", b"label", b"ARROW:schema", b"huggingface", b"\x15\xfe\xff\xff\xff\x0f")),
+        Target(
+            "parquet", _tables, _read_parquet, (b"PAR1", b"image", b"label", b"ARROW:schema", b"huggingface", b"\x15\xfe\xff\xff\xff\x0f")
+        ),
         Target("recipe", _recipes, _read_recipe, TOML_WORDS),
         Target(
             "study",
@@ -509,7 +583,9 @@ TARGETS = {
         Target("safetensors", _weights, _read_weights, JSON_WORDS),
         Target("checkpoint", lambda: [bytes([i]) + _checkpoint()[CHECKPOINT_FILES[i]] for i in range(4)], _read_checkpoint, JSON_WORDS),
         Target("torch file", _torch_files, _read_torch, (*PICKLE_WORDS, b"PK\3\4", b"PK\1\2", b"PK\5\6", b"data.pkl", b"ctorch\nload\n")),
-        Target("onnx", lambda: [onnx_model()], _read_onnx, (b"\x0a", b"\x12", b"\x3a", b"ai.onnx", b"com.example", b"\xff\xff\xff\xff\x0f")),
+        Target(
+            "onnx", lambda: [onnx_model()], _read_onnx, (b"\x0a", b"\x12", b"\x3a", b"ai.onnx", b"com.example", b"\xff\xff\xff\xff\x0f")
+        ),
         Target("engine card", lambda: [engine_card().model_dump_json().encode()], _read_card, JSON_WORDS),
         Target("image", _images, _read_image, PNG_WORDS),
         Target("synthesized image", _made, _read_made, PNG_WORDS),

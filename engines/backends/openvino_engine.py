@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch import Tensor
 from engines.backends.base import EngineCard, EngineFile, Precision, check_input, read_engine, self_test
 from engines.backends.device import processors
 from engines.backends.ort_engine import OUTPUT, check_model
+from engines.backends.runtimes import import_openvino
 from engines.errors import EngineError
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # by a card's precision
-TELEMETRY = "openvino_telemetry"
 MAX_OPSET = 20  # compiling a network exported at 21 or 23 ends the whole process in OpenVINO 2026.4: there is no error to catch
 
 
@@ -159,7 +158,7 @@ def check_operators(data: bytes, origin: str) -> None:
 def require_runtime(precision: Precision = "fp32") -> Any:
     """The openvino module. Ask before long work. Raises EngineError where it is missing, or where this CPU lacks the precision."""
     try:
-        openvino = _import()
+        openvino = import_openvino()
     except ImportError as error:
         raise EngineError(f"OpenVINO cannot be imported: {error}", 'pip install "diffrc[openvino]"') from None
     core = _core()
@@ -178,20 +177,7 @@ def _core() -> Any:
     """The one core of this process, never given up: OpenVINO 2026.4 lets signal handlers run on memory of a core's own, and a thread
     in which cores came and went is left with that of one that is gone; its next signal, a Ctrl-C say, would end the process.
     """
-    return _import().Core()
-
-
-def _import() -> Any:
-    """The module, without the message that importing it otherwise sends to its maker's statistics, unasked, with an id kept in ~/intel."""
-    hide = "openvino" not in sys.modules and TELEMETRY not in sys.modules
-    if hide:
-        sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # cannot be imported: OpenVINO has a stub of its own for that
-    try:
-        import openvino
-    finally:
-        if hide:
-            del sys.modules[TELEMETRY]
-    return openvino
+    return import_openvino().Core()
 
 
 def _name(element_type: Any) -> str:

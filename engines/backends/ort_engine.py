@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engines.backends.base import EngineCard, EngineFile, check_input, read_engine, self_test, unreadable
 from engines.backends.device import TF32, CudaStream, Stream, gpu_failures, processors
+from engines.backends.runtimes import one_node_model, onnxruntime_wheels
 from engines.errors import EngineError, first_line
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
@@ -142,9 +143,14 @@ def _tensors(graph: Any) -> Iterator[Any]:
 def require_runtime(provider: Provider = CPU) -> Any:
     """The onnxruntime module. Ask before long work that ends in an export.
 
-    Raises EngineError where it or the provider is missing, or where a GPU's provider is listed but cannot start: its library is
-    loaded with the first session, and what it lacks is named.
+    Raises EngineError where it or the provider is missing, where two of its wheels are installed, or where a GPU's provider is listed
+    but cannot start: its library is loaded with the first session, and what it lacks is named.
     """
+    if len(wheels := onnxruntime_wheels()) > 1:
+        raise EngineError(
+            f"{' and '.join(wheels)} are installed side by side: they are one module, and hide each other",
+            f'pip uninstall {" ".join(wheels)}, then pip install "diffrc[cpu]" or "diffrc[gpu]"',
+        )
     try:
         import onnxruntime
     except ImportError as error:
@@ -157,7 +163,7 @@ def require_runtime(provider: Provider = CPU) -> Any:
         )
     if provider != CPU:
         _preload(onnxruntime)
-        _start(onnxruntime, _smallest_model(), "a model of one addition", provider, onnxruntime.SessionOptions(), [(provider, {})])
+        _start(onnxruntime, one_node_model(), "a model of one addition", provider, onnxruntime.SessionOptions(), [(provider, {})])
     return onnxruntime
 
 
@@ -281,13 +287,3 @@ def _remedy(onnxruntime: Any, provider: Provider) -> str:
         return "install TensorRT 10, whose libnvinfer.so.10 it loads; --engine onnx --device cuda runs without it"
     needed = f"CUDA {version} and cuDNN 9" if (version := getattr(onnxruntime, "cuda_version", "")) else "CUDA and cuDNN 9"
     return f'it needs {needed}: pip install "onnxruntime-gpu[cuda,cudnn]"; or --device cpu, or --engine torch'
-
-
-def _smallest_model() -> bytes:
-    from onnx import TensorProto, helper
-
-    x, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", OUTPUT))
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], [OUTPUT])], "smallest", [x], [out])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    data: bytes = model.SerializeToString()
-    return data

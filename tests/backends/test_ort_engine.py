@@ -362,3 +362,10 @@ def test_a_caller_that_breaks_the_contract_meets_an_assertion(
 
 def _with_own_card(data: bytes, card: EngineCard) -> EngineFile:
     return EngineFile(data, card.model_copy(update={"file_sha256": hashlib.sha256(data).hexdigest()}))
+
+
+def test_two_wheels_of_the_runtime_side_by_side_are_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_engine, "onnxruntime_wheels", lambda: ["onnxruntime", "onnxruntime-gpu"])
+    with pytest.raises(EngineError, match="onnxruntime and onnxruntime-gpu are installed side by side") as refused:
+        ort_engine.require_runtime()
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in refused.value.remedy

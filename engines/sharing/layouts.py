@@ -162,8 +162,8 @@ def _csv_cell(value: Any) -> str:
 
 def _csv_line(cells: Sequence[str]) -> bytes:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue().encode()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # it quotes the characters of its line end alone, and a reader ends at either
+    return line.getvalue().removesuffix("\r\n").encode() + b"\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- parquet

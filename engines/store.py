@@ -50,7 +50,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def _commit(path: Path, parts: Iterable[bytes], size_bytes: int) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     with _storage_errors(path, size_bytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             with temporary.open("xb") as file:
                 file.writelines(parts)
@@ -89,7 +89,8 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Add JSON lines at the cost of one: a kill loses all of them, or some from the end. Raises StorageError."""
     lines = b"".join(_json_line(value) for value in values)
     with _storage_errors(path, len(lines)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
+        new = not path.exists()
         with path.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             if end:
@@ -100,6 +101,8 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            _fsync_folder(path.parent)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -173,7 +176,7 @@ def move_folder(source: Path, destination: Path) -> None:
     """
     assert not destination.exists(), destination
     with _storage_errors(destination, 0):
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(destination.parent)
         source.rename(destination)
         _fsync_folder(destination.parent)
         _fsync_folder(source.parent)
@@ -240,7 +243,8 @@ def building(folder: Path, size_bytes: int, *, replace: bool = False) -> Iterato
                     if (partial / "old").exists():
                         (partial / "old").replace(folder)
                     raise
-                _fsync_folder(folder.parent)
+                for changed in (partial, folder.parent):  # by a name each
+                    _fsync_folder(changed)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -253,6 +257,14 @@ def _storage_errors(path: Path, size_bytes: int) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = f"free at least {size_bytes:,} bytes and run the same command again" if full else "choose a folder that can be written"
         raise StorageError(f"cannot write {path}: {error.strerror or error}", remedy) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents; a folder's name lies in the folder above, so that one is flushed too."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _fsync_folder(path.parent)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -506,7 +518,7 @@ def locked(folder: Path) -> Iterator[None]:
     The lock dies with its owner. Raises ConflictError where another process has it, StorageError.
     """
     with _storage_errors(folder, 0):
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
         try:
             lock.acquire()

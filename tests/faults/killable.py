@@ -6,6 +6,7 @@ a command costs its work alone. A request is JSON: {"words": [...], "cwd": "..."
     where   "line"    before (count 0) or after (count 1) a line of metrics is written
             "write"   at the count-th fsync: in a checkpoint's files, its manifest, its folder, an image, the next line
             "moment"  count milliseconds later, wherever the command is then
+            "power"   at the count-th fsync, or at the end: what a disk holds that lost everything not flushed is laid out in `disk`
     stage, step       it counts from the metrics line of that step on, or of a later one of the stage; without them, from the start
     error   the number of an error that the write ends with; without it SIGKILL: nothing is flushed, no handler runs, no lock is
             given back by hand
@@ -21,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ BEFORE_THE_FORK = (sklearn.datasets, torch._dynamo, train, export, synth, evalua
 
 append_json, fsync = store.append_json, os.fsync
 writes = 0
+at_the_end: list[Callable[[], None]] = []
 
 
 def die() -> None:
@@ -53,8 +55,64 @@ def watched_fsync(descriptor: int) -> None:
     fsync(descriptor)
 
 
+class Disk:
+    """What outlasts a power cut: the bytes a file had when it was flushed, under the names its folder had when that was flushed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.bytes: dict[int, bytes] = {}  # by inode
+        self.names: dict[int, dict[str, int]] = {}  # of a folder, by inode: what lies in it
+        self.keep_all()
+
+    def keep_all(self) -> None:
+        for path in (self.root, *self.root.rglob("*")):
+            self.keep(path)
+
+    def keep(self, path: Path) -> None:
+        if path.is_dir():
+            self.names[path.stat().st_ino] = {inner.name: inner.stat().st_ino for inner in path.iterdir()}
+        else:
+            self.bytes[path.stat().st_ino] = path.read_bytes()
+
+    def lay_out(self, place: Path, inode: int) -> None:
+        place.mkdir()
+        for name, inner in self.names.get(inode, {}).items():
+            if inner in self.names or not (inner in self.bytes or name.endswith(".lock")):
+                self.lay_out(place / name, inner)
+            else:
+                (place / name).write_bytes(self.bytes.get(inner, b""))
+
+
+def watch_power(fault: Mapping[str, Any]) -> None:
+    """Cut the power at a flush, or when the process ends."""
+    root = Path.cwd()
+    disk, count, sync = Disk(root), int(fault["count"]), os.sync
+
+    def cut() -> None:
+        disk.lay_out(Path(fault["disk"]), root.stat().st_ino)
+
+    def fsync_and_keep(descriptor: int) -> None:
+        nonlocal count
+        if not count:
+            cut()
+            die()
+        count -= 1
+        watched_fsync(descriptor)
+        disk.keep(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    def sync_and_keep() -> None:
+        sync()
+        disk.keep_all()
+
+    os.fsync, os.sync = fsync_and_keep, sync_and_keep
+    at_the_end.append(cut)
+
+
 def arm(fault: Mapping[str, Any]) -> None:
     """Have this process fail as told."""
+    if fault["where"] == "power":
+        watch_power(fault)
+        return
     count, where, armed = int(fault["count"]), fault["where"], threading.Event()
 
     def begin() -> None:
@@ -111,6 +169,8 @@ def run(request: Mapping[str, Any]) -> dict[str, int]:
     if not process:
         os.close(reading)
         code = child(request)
+        for action in at_the_end:
+            action()
         os.write(writing, str(writes).encode())
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""`diffrc data show | classes | export`: the long tail that a recipe cuts out of a data set, and what is shared of a run."""
+"""`diffrc data show | classes | check | export`: the long tail that a recipe cuts out of a data set, and what is shared of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffrc_cli import console, data_export
+from diffrc_cli import console, data_check, data_export
 from diffrc_cli.options import DataOption, JsonOption, RecipeOption, RunOption, SetOption
 from diffrc_cli.recipe import resolve
 
@@ -37,6 +37,8 @@ def show(recipe: RecipeOption = None, data: DataOption = None, overrides: SetOpt
     console.say(f"images a class: {_counts(tail.counts.tolist())}, imbalance {tail.imbalance:.4g}")
     if skipped := tail.pool.skipped + tail.test.skipped:
         console.say(f"left out as unreadable: {skipped:,}")
+    if quarantined := len(tail.pool.left_out) + len(tail.test.left_out):
+        console.say(f"left out by {settings.data.quarantine}: {quarantined:,}")
     console.say()
     rows = [console.Bar(name, int(n), group) for name, n, group in zip(tail.names, tail.counts, tail.groups, strict=True)]
     console.bars("", rows)
@@ -69,6 +71,7 @@ def classes(
     console.table("", ("id", "class", "images", "group"), rows)
 
 
+app.command("check")(data_check.check)
 app.command("export")(data_export.export)
 
 

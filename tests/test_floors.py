@@ -21,6 +21,7 @@ FLOORS = (  # the longest name that a module's own begins with decides
         "engines.backends.forecast",
         "engines.backends.inventory",
         "engines.benchmark",
+        "engines.checking",
         "engines.study",
     ),
     ("diffrc_cli",),

@@ -21,6 +21,7 @@ from diffrc_cli import (
     bench,
     console,
     data,
+    doctor,
     engine,
     evaluate,
     export,
@@ -28,6 +29,7 @@ from diffrc_cli import (
     recipe,
     report,
     run,
+    status,
     study,
     synth,
     train,
@@ -95,6 +97,8 @@ for command in (
     evaluate.evaluate,
     study.study,
     report.report,
+    status.status,
+    doctor.doctor,
 ):  # in the order of the work
     app.command()(command)
 app.add_typer(bench.app, name="bench")

@@ -22,6 +22,7 @@ FLOORS = (  # the longest name that a module's own begins with decides
         "engines.backends.inventory",
         "engines.benchmark",
         "engines.checking",
+        "engines.health",
         "engines.study",
     ),
     ("diffrc_cli",),

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 
 from engines import recipe as recipes
-from engines.backends.base import EngineCard
 from engines.errors import EngineError
 from engines.recipe import Recipe
+
+if TYPE_CHECKING:
+    from engines.backends.base import EngineCard  # it brings torch
 
 EXPORTERS = ("torch", "onnx", "onnxscript")  # packages that make an ONNX file
 RUNTIMES = {  # packages that run it, by kind of engine
@@ -75,7 +77,7 @@ def wanted(recipe: Recipe, card: BaseModel, kind: str, **weights: str) -> dict[s
         weights: sha256 by the card's field: `weights_sha256`, and `guide_sha256` where it has one.
     """
     shape = {"image_size_px": recipe.data.image_size_px, "image_channels": recipe.data.image_channels}
-    if isinstance(card, EngineCard):
+    if hasattr(card, "out_channels"):
         shape["out_channels"] = recipe.data.image_channels * (2 if recipe.unet.learn_sigma else 1)
     return {
         **weights,

@@ -357,8 +357,9 @@ def duration(seconds: float) -> str:
 
 
 def size(count_bytes: float) -> str:
-    """1610612736 -> "1.5 GiB"."""
-    return f"{count_bytes / 2**30:.3g} GiB" if count_bytes >= 2**30 else f"{count_bytes / 2**20:.3g} MiB"
+    """1610612736 -> "1.5 GiB", 4096 -> "4 KiB"."""
+    power, unit = next(((power, unit) for power, unit in ((30, "GiB"), (20, "MiB")) if count_bytes >= 2**power), (10, "KiB"))
+    return f"{count_bytes / 2**power:.3g} {unit}"
 
 
 def figure_text(figures: Mapping[str, float]) -> str:

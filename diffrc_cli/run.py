@@ -18,7 +18,7 @@ def run(
     overrides: SetOption = None,
     device: DeviceOption = "auto",
     log: LogOption = None,
-    dry_run: DryRunOption = False,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Train, export, fill the tail, evaluate, report: everything in one command; after a kill the same command continues.
@@ -47,8 +47,8 @@ def run(
     tail = prepare(settings.data, None)
     if not len(tail.test):
         raise _no_test_images(settings.data.source)
-    if dry_run:  # of the training, which takes nearly all of the time
-        show_forecast(settings, path, tail, where, json)
+    if plan:
+        show_forecast(settings, path, tail, where, json, whole=True)
         return
     with console.progress() as report:
         for images in (tail.pool, tail.train, tail.test):  # a damaged image is met before a folder is made, not hours later

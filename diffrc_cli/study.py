@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffrc_cli import console
-from diffrc_cli.options import DataOption, DeviceOption, JsonOption, RecipeOption, SetOption
+from diffrc_cli import console, dry_run
+from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, RecipeOption, SetOption
 from diffrc_cli.recipe import embedded, folder_of_recipes, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.resources.abc import Traversable
+
+    import torch
 
     from engines.recipe import Recipe
     from engines.study.plan import Arm, Study
@@ -56,7 +58,6 @@ HeldOutOption = Annotated[
     bool, typer.Option("--held-out", help="Test on training images that the long tail leaves out, to choose settings without the test set.")
 ]
 ListOption = Annotated[bool, typer.Option("--list", help="List the embedded studies.")]
-PlanOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and made; write nothing.")]
 
 
 def study(
@@ -71,7 +72,7 @@ def study(
     device: DeviceOption = "auto",
     overrides: SetOption = None,
     list_studies: ListOption = False,
-    dry_run: PlanOption = False,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Run a grid of settings with several seeds and compare them: the controls, the paper's tables and figure, or a file of your own.
@@ -97,8 +98,8 @@ def study(
     arms = resolve_arms(found, lambda name, items: _with_data(resolve(name, items), data), recipe or base, overrides or ())
     folder = out or DEFAULT_ROOT / f"study-{found.name}-{arms[0].recipe.name}{'-held-out' if found.split == 'held-out' else ''}"
     where = choose_device(device)
-    if dry_run:
-        _plan(found, arms, folder, json)
+    if plan:
+        _plan(found, arms, folder, where, json)
         return
     with console.progress() as report:
         hours = float("inf") if budget is None else budget
@@ -200,12 +201,15 @@ def _list(json: bool) -> None:
     console.say("One of your own: diffrc study FILE.toml. A recipe's controls: diffrc study RECIPE.")
 
 
-def _plan(study: Study, arms: Sequence[Arm], folder: Path, json: bool) -> None:
-    from engines.study.run import plan
+def _plan(study: Study, arms: Sequence[Arm], folder: Path, device: torch.device, json: bool) -> None:
+    from engines.study.forecast import forecast
+    from engines.study.run import plan, prepare_arms
 
-    found = plan(study, arms, folder)
+    found, left = plan(study, arms, folder), forecast(study, arms, prepare_arms(arms), folder, device)
+    totals = dry_run.Totals(left.seconds_left, left.disk_bytes, left.memory_bytes, left.device, folder)
     if json:
-        console.emit_json(found)
+        apart = {"operations_left": left.operations, "images_seconds": left.images_seconds, "recognizers_seconds": left.recognizers_seconds}
+        console.emit_json(found | apart | totals.to_json())
         return
     rows = [(a["title"], a["recipe"], a["images"] or "none", _keys(len(a["changes"]))) for a in found["arms"]]
     console.table(f"{study.title} {study.seeds} seeds", ("arm", "recipe", "images", "changes"), rows)
@@ -214,6 +218,7 @@ def _plan(study: Study, arms: Sequence[Arm], folder: Path, json: bool) -> None:
         f"{found['recognizers']} recognizers; in {folder} {found['ready']} of the sets are ready. "
         "--json names the keys that an arm changes."
     )
+    totals.show()
 
 
 def _keys(count: int) -> str:

@@ -7,7 +7,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffrc_cli import console
+from diffrc_cli import console, dry_run
 from diffrc_cli.options import DataOption, DeviceOption, DryRunOption, JsonOption, LogOption, NewRunOption, RecipeArgument, SetOption
 from diffrc_cli.recipe import resolve
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     from engines.data.longtail import LongTail
+    from engines.evaluation.forecast import EvaluationForecast
     from engines.progress import Report
     from engines.recipe import Recipe
     from engines.store import RunFolder
+    from engines.synthesis.forecast import PartForecast
 
 MEASURED_STEPS = 10  # before a rate is believed: the first ones are slower
 LONG_SECONDS = 60.0  # a shorter stage needs no estimate
@@ -32,7 +34,7 @@ def train(
     overrides: SetOption = None,
     device: DeviceOption = "auto",
     log: LogOption = None,
-    dry_run: DryRunOption = False,
+    plan: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
     """Train the source model on the head, adapt it to the tail, and train the guide. The same command continues.
@@ -56,7 +58,7 @@ def train(
         world.require_fits(settings)
         require_packages(log or ())
         tail = prepare(settings.data, None)
-        if dry_run:
+        if plan:
             if world.size > 1:
                 raise UsageError("--dry-run measures one process", "the same command without torchrun")
             show_forecast(settings, path, tail, world.device, json)
@@ -119,12 +121,18 @@ def estimating(report: Report) -> Report:
     return hear
 
 
-def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.device, json: bool) -> None:
-    """Measure what training would do and take, and print it as a table or as JSON."""
+def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.device, json: bool, whole: bool = False) -> None:
+    """Measure what training would do and take, and print it as a table or as JSON.
+
+    Args:
+        whole: also what filling the tail and evaluating would take after that.
+    """
     from engines.training.forecast import forecast
 
     with console.progress() as report:
         found = forecast(path, recipe, tail, device, report)
+        complete = all(stage.status.complete for stage in found.stages)
+        after = _forecast_afterwards(recipe, path, tail, device, complete, report) if whole else None
     stages = found.stages
     if json:
         rows = [
@@ -143,7 +151,8 @@ def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.devi
             for s in stages
         ]
         totals = {"seconds_left": found.seconds_left, "disk_bytes": found.disk_bytes, "free_bytes": found.free_bytes}
-        console.emit_json({"run": str(path), "device": device.type, "stages": rows, **totals})
+        then = {"synthesis": list(map(dry_run.synthesis_json, after[0])), "evaluation": dry_run.evaluation_json(after[1])} if after else {}
+        console.emit_json({"run": str(path), "device": device.type, "stages": rows, **totals, **then})
         return
     for sentence in filter(None, (s.status.sentence(path) for s in stages)):
         console.prose(sentence)
@@ -165,9 +174,37 @@ def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.devi
         ],
     )
     memory = max((s.memory_bytes or 0 for s in stages), default=0)
-    on = f"on this {device.type}" + (f" with {console.size(memory)} of its memory" if memory else "")
+    needs = f"; {console.size(memory)} of memory" if memory else ""
     disk = f"{console.size(found.disk_bytes)} of disk, {console.size(found.free_bytes)} are free"
-    console.prose(f"in all: {console.duration(found.seconds_left)} {on}; {disk}")
+    console.prose(f"in all: {console.duration(found.seconds_left)} on this {device.type}; {disk}{needs}")
+    if after:
+        parts, evaluated = after
+        made = sum(part.missing for part in parts)
+        seconds, mib = sum(part.seconds_left for part in parts), console.size(sum(part.disk_bytes for part in parts))
+        console.prose(f"then: {made:,} images by {parts[0].engine}, about {console.duration(seconds)} and {mib}, after an export to ONNX")
+        console.prose(f"then: {dry_run.evaluation_sentence(evaluated)}: about {console.duration(evaluated.seconds_left)}")
+    console.note("nothing was written; the same command without --dry-run does it")
+
+
+def _forecast_afterwards(
+    recipe: Recipe, path: Path, tail: LongTail, device: torch.device, complete: bool, report: Report
+) -> tuple[list[PartForecast], EvaluationForecast]:
+    """Synthesis and evaluation: of the run's own networks and images where they are there, else by what untrained ones take."""
+    from engines.errors import EngineError, UsageError
+    from engines.evaluation import forecast as evaluation
+    from engines.store import RunFolder
+    from engines.synthesis import forecast as synthesis
+    from engines.synthesis.plan import fill_classes
+
+    run, parts = RunFolder(path, recipe), list[synthesis.PartForecast]()
+    if complete:
+        try:
+            parts = synthesis.forecast(run, fill_classes(run), report=report, make_room=True)
+        except (UsageError, EngineError) as failure:  # not exported yet, most likely
+            console.note(f"images are estimated with PyTorch: {failure.problem}")
+    parts = parts or [synthesis.forecast_untrained(recipe, tail, device, run.synth)]
+    made = complete and not any(part.missing or part.aside for part in parts)
+    return parts, evaluation.forecast(run, tail) if made else evaluation.forecast_unmade(recipe, tail)
 
 
 def images_rate(rate: float) -> str:

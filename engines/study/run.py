@@ -31,6 +31,7 @@ from engines.training import reuse
 
 VERSION = 1
 DOCUMENT = "study.json"
+CELLS = "cells"  # folder of kept recognizers
 PAGE = "index.html"
 
 
@@ -76,7 +77,7 @@ def run_study(
             if within_budget():
                 make_images(arms, data, seeds, out, places, hear, within_budget)
             finished = [seed for seed in seeds if not missing(arms, data, [seed], out)]
-            predicted |= train_grid(study, arms, finished, data, images_in(out, data), out / "cells", device, hear)
+            predicted |= train_grid(study, arms, finished, data, images_in(out, data), out / CELLS, device, hear)
         done = sorted({key.seed for key in predicted})
         if len(done) < study.seeds:
             tell(f"the budget of {budget_hours:g} hours was enough for {len(done)} of {study.seeds} seeds; the same command continues")

@@ -189,10 +189,11 @@ def measure(maker: Maker, parallel: int = 1, most_seconds: float = MOST_SECONDS)
     whole = time.perf_counter() - began
     memory_bytes = torch.cuda.max_memory_allocated(maker.device) if on_gpu else _memory_of(before, peak_memory_bytes(), parallel)
     timesteps = [int(t) for t in maker.schedule.timesteps.tolist()]
-    return (whole if len(seen) == len(timesteps) else _extrapolated(maker, timesteps, seen, ended)), memory_bytes
+    return (whole if len(seen) == len(timesteps) else extrapolated(maker, timesteps, seen, ended)), memory_bytes
 
 
-def _extrapolated(maker: Maker, timesteps: list[int], seen: list[int], ended: list[float]) -> float:
+def extrapolated(maker: Maker, timesteps: list[int], seen: list[int], ended: list[float]) -> float:
+    """Seconds of all `timesteps`, from those of the steps that were `seen` and when each `ended`; the first one warms up."""
     first, last = maker.recipe.synth.guidance_interval
     spent: dict[bool, list[float]] = {True: [], False: []}
     for t, start, end in zip(seen[1:], ended, ended[1:], strict=False):

@@ -10,7 +10,7 @@ import torch
 from engines import store
 from engines.data.longtail import LongTail
 from engines.networks.unet import parameter_count
-from engines.progress import Report, silent
+from engines.progress import Report, peak_memory_bytes, silent
 from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.training import reuse
@@ -30,7 +30,7 @@ class StageForecast:
         steps_left: 0 where it is complete.
         images_per_second: as measured, its batches drawn in line; None where no step is left.
         disk_bytes: that it still writes, a folder kept aside not counted.
-        memory_bytes: at most, on a GPU while the steps were measured; None elsewhere.
+        memory_bytes: at most, while the steps were measured: of the GPU, or of the process; None where no step is left.
     """
 
     status: StageStatus
@@ -103,8 +103,8 @@ def forecast(path: Path, recipe: Recipe, data: LongTail, device: torch.device, r
 
 
 def _measured(stage: Stage, device: torch.device) -> tuple[float, int | None]:
-    """Seconds a step, and the most bytes that torch held on a GPU."""
+    """Seconds a step, and the most bytes that torch held on a GPU, or the process."""
     if device.type != "cuda":
-        return measure(stage, device), None
+        return measure(stage, device), peak_memory_bytes()
     torch.cuda.reset_peak_memory_stats(device)
     return measure(stage, device), torch.cuda.max_memory_allocated(device)

@@ -73,6 +73,11 @@ class Album:
                 out[here] = images.reader.read(images.rows[indices[here] - start], frame)
         return out
 
+    def origin(self, index: int) -> str:
+        """Where an image lies."""
+        k = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sets[k].origin(index - int(self._starts[k]))
+
 
 def likenesses(
     album: Album,

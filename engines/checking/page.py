@@ -19,13 +19,14 @@ from engines.evaluation.report.page import (
     masthead,
     note,
     page,
+    pairs_strip,
     plural,
     row,
     strip,
     table,
     tile,
 )
-from engines.evaluation.report.tiles import LARGEST_PX, Tile, encoded
+from engines.evaluation.report.tiles import LARGEST_PX, PairTiles, Tile, encoded
 
 PAIRS_SHOWN = 24  # with pictures, of a relation; the nearest first
 PAIRS_LISTED = 500  # by name
@@ -82,20 +83,20 @@ def _tiles(found: Checked) -> Iterator[str]:
 
 def _faults(found: Checked) -> str:
     rows = [row(text(fault.level), [f"{text(fault.problem)} <small>{text(fault.remedy)}</small>"]) for fault in found.faults]
-    return table("Faults of classes and settings", ("", "what, and what to do"), listed(rows, "--json"), "facts") if rows else ""
+    return table("Faults of classes and settings", ("", "what, and what to do"), listed(rows, "--json"), "keys") if rows else ""
 
 
 def _unreadable(found: Checked) -> str:
     if not found.scan.bad:
         return ""
     rows = [
-        row(f"<bdi>{text(found.names[i])}</bdi>", [text(found.classes[int(found.labels[i])].name), text(bad.kind), text(bad.reason)])
+        row(f"<bdi>{text(found.names[i])}</bdi>", [text(found.classes[int(found.labels[i])].name), text(bad.kind), text(_reason(found, i))])
         for i, bad in sorted(found.scan.bad.items())
     ]
     words = note(
         "diffrc data check --quarantine FILE writes a list of them that data.quarantine obeys; data.on_bad_image=skip leaves out all."
     )
-    return words + table("Images that cannot be read", ("image", "class", "kind", "reason"), listed(rows, "--json"), "facts")
+    return words + table("Images that cannot be read", ("image", "class", "kind", "reason"), listed(rows, "--json"), "keys")
 
 
 def _pairs(found: Checked, relation: Relation) -> str:
@@ -107,13 +108,10 @@ def _pairs(found: Checked, relation: Relation) -> str:
     members = np.array(sorted({i for pair, *_ in shown for i in pair}), dtype=np.int64)
     side = _side(found)
     images = dict(zip(members.tolist(), _thumbnails(found, members, side), strict=True))
-    strips = "".join(
-        strip(
-            f"{'the same file' if exact else f'near, {distance:.2f}'}",
-            "two images that are alike",
-            [Tile(images[i], _place(found, i)) for i in pair],
-        )
-        for pair, _, exact, distance in shown
+    strips = pairs_strip(
+        f"the nearest {len(shown):,}" if count > len(shown) else "all of them",
+        f"pairs of images, {MEANINGS[relation]}",
+        [PairTiles(Tile(images[a], _caption(found, a, b, exact, distance)), Tile(images[b])) for (a, b), _, exact, distance in shown],
     )
     rows = [
         row(f"<bdi>{text(found.names[a])}</bdi>", [f"<bdi>{text(found.names[b])}</bdi>", "same file" if exact else f"{distance:.2f}"])
@@ -123,12 +121,19 @@ def _pairs(found: Checked, relation: Relation) -> str:
     usual = f"; the nearest of two different images are usually {found.pairs.usual:.2f} apart here." if found.pairs.usual else "."
     told = f"{plural(count, 'pair')}, {MEANINGS[relation]}. {WORDS[relation]}"
     more = f" {count - len(rows):,} more are counted, not listed." if count > len(rows) else ""
-    names = table("Pairs by name", ("image", "image", "apart"), listed(rows, "--json"), "facts")
-    return (
-        f"<p>{text(told)}</p>{note((near + usual).strip())}"
-        f'<div class="twin">{gallery_frame(strips, side)}</div>'
-        f"{folded(f'Names of {len(rows):,} pairs.{more}', names, len(rows))}"
-    )
+    names = table("Pairs by name", ("image", "image", "apart"), listed(rows, "--json"), "keys")
+    summary = f"Names of {plural(len(rows), 'pair')}.{more}"
+    return f"<p>{text(told)}</p>{note((near + usual).strip())}{gallery_frame(strips, side)}{folded(summary, names, len(rows))}"
+
+
+def _caption(found: Checked, first: int, second: int, exact: bool, distance: float) -> str:
+    places = [_place(found, i) for i in (first, second)]
+    return f"{places[0]} = {places[1]}; {'same file' if exact else f'{distance:.2f} apart'}"
+
+
+def _reason(found: Checked, index: int) -> str:
+    """Why an image cannot be read, without its name."""
+    return found.scan.bad[index].reason.replace(found.album.origin(index), "").replace(" : ", ": ").strip()
 
 
 def _place(found: Checked, index: int) -> str:
@@ -146,7 +151,7 @@ def _cut(found: Checked) -> str:
     rows = [row(f"<bdi>{text(found.names[i])}</bdi>", [text(_place(found, i))]) for i in cut]
     words = "They decode to their last pixel, so they are used; but the end mark of their format is lost, and more may be, unseen."
     names = folded(
-        f"Names of {plural(len(rows), 'file')}", table("Files that end early", ("image", "place"), listed(rows, "--json"), "facts")
+        f"Names of {plural(len(rows), 'file')}", table("Files that end early", ("image", "place"), listed(rows, "--json"), "keys")
     )
     return f"<p>{words}</p>{gallery_frame(pictures, side)}{names}"
 

@@ -179,12 +179,12 @@ def strip(title: str, words: str, tiles: Sequence[Tile]) -> str:
 
 
 def pairs_strip(title: str, words: str, pairs: Sequence[PairTiles]) -> str:
-    """A row of generated images, each beside its nearest real one; copies are framed."""
+    """A row of pairs, one to a screen reader, which `words` describe; generated images beside their nearest real ones, copies framed."""
     shown = ""
     for pair in pairs:
         style = "pair copy" if pair.generated.warns else "pair"
         shown += f'<span class="{style}">{_img(pair.generated)}{_img(pair.real)}<small>{text(pair.generated.words)}</small></span>'
-    return _strip(title, f"{words}, ratios {', '.join(pair.generated.words for pair in pairs)}", shown)
+    return _strip(title, f"{words}: {', '.join(pair.generated.words for pair in pairs)}", shown)
 
 
 def _strip(title: str, words: str, content: str) -> str:

@@ -86,7 +86,7 @@ def _closest(parts: Parts) -> str:
     rows = ""
     for found in parts.closest:
         strips = "".join(
-            pairs_strip(f"by {space}s", f"Generated images of {found.name} beside their nearest real ones by {space}s", pairs)
+            pairs_strip(f"by {space}s", f"Generated images of {found.name} beside their nearest real ones by {space}s, ratios", pairs)
             for space, pairs in found.pairs.items()
         )
         rows += gallery_frame(f'<h4><bdi>{text(found.name)}</bdi></h4><div class="twin">{strips}</div>', found.side_px)

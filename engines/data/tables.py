@@ -28,6 +28,11 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 TEST_SPLITS = ("test", "validation", "val")
 GROUPS_CACHED = 4  # row groups whose encoded images stay in memory
 MAX_METADATA_BYTES = 1 << 24
+# Images are packed already, so a table that unpacks to many times its size holds none; a dictionary or a run makes any size of few bytes.
+MAX_GROUP_BYTES = 1 << 28  # of the images of a row group, unpacked, or 8 times their packed size
+MOST_EXPANSION = 8
+BATCH_ROWS = 4096
+TEXT = ("string", "large_string")
 REMEDY = "expected: train-*.parquet and test-*.parquet with the columns image (or img) and label"
 
 
@@ -94,6 +99,9 @@ class _Tables:
             for index in range(file.metadata.num_row_groups):
                 self._groups.append(_Group(number, index, self.rows))
                 self.rows += file.metadata.row_group(index).num_rows
+        size_bytes = sum(path.stat().st_size for path in self.paths)
+        if self.rows > size_bytes:  # an image takes dozens
+            _refuse(self.paths[0], f"{self.rows:,} rows in {size_bytes:,} bytes are no rows of images")
         self._starts = np.array([group.first_row for group in self._groups], dtype=np.int64)
         self._lock = threading.Lock()
         self._read_group = lru_cache(maxsize=GROUPS_CACHED)(self._images_of)
@@ -118,16 +126,11 @@ class _Tables:
         """(N,) labels and K names: those of the schema's ClassLabel, a text column's words in order, `known`, or the numbers."""
         import pyarrow as pa
 
-        columns = [_guarded(p, f.read, columns=[self._label]).column(0) for p, f in zip(self.paths, self._files, strict=True)]
-        for path, column in zip(self.paths, columns, strict=True):
-            if column.null_count:
-                _refuse(path, f"{column.null_count} rows have no {self._label}")
-        kind = columns[0].type
+        kind = self._files[0].schema_arrow.field(self._label).type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            words = [word for column in columns for word in column.to_pylist()]
-            own = sorted(set(words))
-            place = {name: label for label, name in enumerate(own)}
-            return np.array([place[word] for word in words], dtype=np.int64), tuple(own)
+            return self._words()
+        columns = [_guarded(p, f.read, columns=[self._label]).column(0) for p, f in zip(self.paths, self._files, strict=True)]
+        self._refuse_nulls(columns)
         if not all(pa.types.is_integer(column.type) for column in columns):
             _refuse(self.paths[0], f"the column {self._label} holds {kind}, not integers or text")
         values = np.concatenate([column.to_numpy().astype(np.int64) for column in columns])
@@ -138,6 +141,30 @@ class _Tables:
             row = int(wrong[0])
             raise DataError(f"{self.origin(row)} has the label {values[row]}, outside 0..{top - 1}", REMEDY)
         return values, tuple(names) if names else tuple(str(k) for k in range(int(values.max(initial=-1)) + 1))
+
+    def _words(self) -> tuple[Indices, tuple[str, ...]]:
+        """Labels that are text: each word is held once, however often and wherever the file repeats it."""
+        import pyarrow.parquet as pq
+
+        columns = []
+        for path in self.paths:
+            file = _guarded(path, pq.ParquetFile, path, read_dictionary=[self._label])
+            columns.append(_guarded(path, file.read, columns=[self._label]).column(0))
+        self._refuse_nulls(columns)
+        if any(str(column.type.value_type if hasattr(column.type, "value_type") else column.type) not in TEXT for column in columns):
+            _refuse(self.paths[0], f"the column {self._label} holds text in some tables only")
+        chunks = [chunk for column in columns for chunk in column.chunks]
+        words = [_guarded(self.paths[0], chunk.dictionary.to_pylist) for chunk in chunks]
+        own = sorted({word for known in words for word in known if word is not None})
+        place = {name: label for label, name in enumerate(own)}
+        parts = [np.array([place.get(word, -1) for word in known], dtype=np.int64) for known in words]
+        labels = [part[np.asarray(chunk.indices)] for part, chunk in zip(parts, chunks, strict=True)]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *labels]), tuple(own)
+
+    def _refuse_nulls(self, columns: Sequence[pa.ChunkedArray]) -> None:
+        for path, column in zip(self.paths, columns, strict=True):
+            if column.null_count:
+                _refuse(path, f"{column.null_count} rows have no {self._label}")
 
     def _class_names(self) -> tuple[str, ...] | None:
         metadata = (self._files[0].schema_arrow.metadata or {}).get(b"huggingface", b"")
@@ -167,12 +194,35 @@ class _Tables:
 
         at = self._groups[group]
         path = self.paths[at.file]
-        column = _guarded(path, self._files[at.file].read_row_group, at.index, columns=[self._image]).column(0)
+        column = self._bounded(path, self._files[at.file], at.index)
         if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
             column = pc.struct_field(column, "bytes")
         if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
             _refuse(path, f"the column {self._image} holds {column.type}, not encoded images")
         return column
+
+    def _bounded(self, path: Path, file: Any, group: int) -> pa.ChunkedArray:
+        """The image column of a row group, unpacked batch by batch so that no table is read that unpacks to any size."""
+        import pyarrow as pa
+
+        chunks = [file.metadata.row_group(group).column(leaf) for leaf in range(file.metadata.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == self._image.split(".")[0]]
+        packed, claimed = (sum(getattr(c, f"total_{kind}compressed_size") for c in chunks) for kind in ("", "un"))
+        most = max(MAX_GROUP_BYTES, MOST_EXPANSION * packed)
+        if not 0 <= claimed <= most:
+            _refuse(path, f"row group {group} unpacks to {claimed:,} bytes, of {packed:,}")
+        parts: list[pa.Array] = []
+        held = 0
+        # A value is no larger than all that is claimed, so this many are no more than half of the most.
+        rows = min(BATCH_ROWS, max(1, most // (2 * max(1, claimed))))
+        batches = file.iter_batches(rows, row_groups=[group], columns=[self._image])
+        while (batch := _guarded(path, next, batches, None)) is not None:
+            part = batch.column(0)
+            held += part.get_total_buffer_size()
+            if held > most:
+                _refuse(path, f"row group {group} unpacks to more than {most >> 20} MiB, of {packed:,} bytes")
+            parts.append(part)
+        return pa.chunked_array(parts, type=parts[0].type if parts else pa.binary())
 
 
 def _folders(path: Path) -> list[Path]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MIN_WIDTH, MAX_WIDTH = 40, 120  # characters; a wider terminal makes lines that the eye loses
 PLAIN_INTERVAL_SECONDS = 10.0  # between two progress lines of one job where there is no terminal
 EVENT_INTERVAL_SECONDS = 1.0  # the same with --events and --verbose
-LONGEST_WORD = 16  # characters; a longer one may be broken where a table is narrow
+LONGEST_WORD, LONGEST_NAME = 16, 24  # characters; a longer one may be broken where a table is narrow; of the first column
 UNWRAPPED_CHARACTERS = 20  # columns of numbers, and of short text where there is room, are not wrapped
 GROUP_STYLES = {"many": "blue", "medium": "yellow", "few": "red"}  # beside the group's name, never instead of it
 ADDED_STYLE = "green"
@@ -174,8 +174,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     widths = [max(map(len, (column, *(row[i] for row in cells)))) for i, column in enumerate(columns)]
     short = [right or width <= UNWRAPPED_CHARACTERS for right, width in zip(numeric, widths, strict=True)]
     fits = sum(width for width, whole in zip(widths, short, strict=True) if whole) + 3 * len(columns) + 12 <= _width(sys.stdout)
-    for column, right, whole in zip(columns, numeric, short, strict=True):
-        grid.add_column(Text(clean(column)), justify="right" if right else "left", overflow="fold", no_wrap=right or (whole and fits))
+    for i, (column, right, whole) in enumerate(zip(columns, numeric, short, strict=True)):
+        unbroken = right or (whole and fits) or (i == 0 and widths[0] <= LONGEST_NAME)
+        grid.add_column(Text(clean(column)), justify="right" if right else "left", overflow="fold", no_wrap=unbroken)
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))
     _console(sys.stdout).print(grid)
@@ -434,8 +435,9 @@ def _least_width(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric
     least = 3 * (len(columns) - 1)
     for i, column in enumerate(columns):
         texts = (clean(column), *(row[i] for row in cells))
-        words = texts if numeric[i] else [word[:LONGEST_WORD] for text in texts for word in text.split()]
-        least += max(map(len, words), default=0)
+        words = [word[:LONGEST_WORD] for text in texts for word in text.split()]
+        name = i == 0 and max(map(len, texts)) <= LONGEST_NAME
+        least += max(map(len, texts if numeric[i] or name else words), default=0)
     return least
 
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 COUNTS_SHOWN = 100  # of more classes only the first and last counts are printed
 SIZES_SHOWN = 5
 
-app = typer.Typer(no_args_is_help=True, help="Data: what a recipe makes of a data set, and the balanced one for other tools.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Data: what a recipe makes of a data set, and the balanced one for other tools.\n\nExample: diffrc data show --data DIR",
+)
 
 
 @app.command()
@@ -33,8 +36,8 @@ def show(recipe: RecipeOption = None, data: DataOption = None, overrides: SetOpt
     if json:
         console.emit_json({"recipe": settings.name, **tail.summary(), "sizes": sizes})
         return
-    console.say(f"{settings.name}: {len(tail.train):,} training images in {len(tail.names)} classes, {len(tail.test):,} test images")
-    console.say(f"images a class: {_counts(tail.counts.tolist())}, imbalance {tail.imbalance:.4g}")
+    console.prose(f"{settings.name}: {len(tail.train):,} training images in {len(tail.names)} classes, {len(tail.test):,} test images")
+    console.prose(f"images a class: {_counts(tail.counts.tolist())}, imbalance {tail.imbalance:.4g}")
     if skipped := tail.pool.skipped + tail.test.skipped:
         console.say(f"left out as unreadable: {skipped:,}")
     if quarantined := len(tail.pool.left_out) + len(tail.test.left_out):
@@ -44,7 +47,7 @@ def show(recipe: RecipeOption = None, data: DataOption = None, overrides: SetOpt
     console.bars("", rows)
     console.say()
     console.table("", ("group", "classes", "images", "share"), _group_rows(tail))
-    console.say(f"image sizes: {_sizes(sizes, len(tail.train))} -> {settings.data.image_size_px} px")
+    console.prose(f"image sizes: {_sizes(sizes, len(tail.train))} -> {settings.data.image_size_px} px")
     console.say(f"kept images: sha256 {tail.kept_sha256}")
     _warn(tail)
 

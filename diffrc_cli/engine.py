@@ -13,7 +13,10 @@ from engines.errors import UsageError
 if TYPE_CHECKING:
     from engines.backends.inventory import Entry
 
-app = typer.Typer(no_args_is_help=True, help="Engines: what a run has exported, and what becomes of it.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Engines: what a run has exported, and what becomes of it.\n\nExample: diffrc engine ls",
+)
 
 ModelOption = Annotated[
     Literal["target", "source"] | None,

@@ -154,7 +154,7 @@ def _builds(recipe: Recipe, engine: EngineName | None, precision: Literal["fp32"
 
 def _show(model: str, path: Path, card: EngineCard) -> None:
     console.say(f"{model}: {path}, {path.stat().st_size / 2**20:.1f} MiB, opset {card.opset}, {card.kind} {card.precision}")
-    console.say(
+    console.prose(
         f"against torch: one evaluation within {card.one_step_error:.1e} (allowed {card.tolerance:.0e}), "
         f"50 steps within {card.trajectory_psnr_db:.0f} dB; "
         f"{card.ms_per_image:.3g} ms an image at batch {card.measured_batch}, torch {card.torch_ms_per_image:.3g}"
@@ -163,7 +163,7 @@ def _show(model: str, path: Path, card: EngineCard) -> None:
 
 
 def _show_step(card: FusedCard) -> None:
-    console.say(
+    console.prose(
         f"guided step in one graph ({card.rules.sampler}): within {card.step_error:.1e} of torch's, "
         f"{card.ms_per_image:.3g} ms an image; the network and torch's guide take {card.apart_ms_per_image:.3g}"
     )

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from engines.networks.pretrained import WeightsCard
 
-app = typer.Typer(no_args_is_help=True, help="Published weights, for a source model that starts from them or for FID.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Published weights, for a source model that starts from them or for FID.\n\nExample: diffrc import diffusers DIR",
+)
 
 OutOption = Annotated[
     Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,32 @@ def _embedded_names(incomplete: str) -> list[str]:
     return [name for name in embedded() if name.startswith(incomplete)]
 
 
+def _keys(incomplete: str) -> list[str]:
+    from engines.recipe import Recipe
+
+    table = Recipe(name="all").model_dump()
+    sections = {name: section for name, section in table.items() if isinstance(section, dict)}
+    keys = [name for name in table if name not in sections] + [f"{name}.{key}" for name, section in sections.items() for key in section]
+    return [f"{key}=" for key in keys if key.startswith(incomplete)]
+
+
+def _runs(incomplete: str) -> list[str]:
+    return [path for path in sorted(str(file.parent) for file in RUNS.glob("*/recipe.toml")) if path.startswith(incomplete)]
+
+
+def _classes(context: typer.Context, incomplete: str) -> list[str]:
+    """Of the run that is named already, or of the latest one; blanks as underscores, which is the same name. A shell waits for it."""
+    try:
+        named = context.params.get("run") or RUNS / json.loads((RUNS / "latest.json").read_bytes())["run"]
+        names = json.loads((Path(named) / "classes.json").read_bytes())["names"]
+    except (OSError, ValueError, KeyError, TypeError):  # no run yet: nothing to offer
+        return []
+    words = ["_".join(str(name).split()) for name in names]
+    fitting = (word for word in words if word.isprintable() and word.lower().startswith(incomplete.lower()))
+    return [incomplete + word[len(incomplete) :] for word in fitting]  # in the case that was typed: a shell drops other ones
+
+
+RUNS = Path("runs")  # engines.store.DEFAULT_ROOT, which brings torch with it
 RECIPE_HELP = "An embedded recipe (diffrc recipe ls) or a TOML file. Default: ./diffrc.toml if there is one, else digits-lt."
 
 RecipeArgument = Annotated[
@@ -30,11 +57,24 @@ DataOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override one key of the recipe; repeatable. Example: --set source.lr=1e-4", show_default=False
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key of the recipe; repeatable. Example: --set source.lr=1e-4",
+        show_default=False,
+        autocompletion=_keys,
     ),
 ]
 RunOption = Annotated[
-    Path | None, typer.Option("--run", metavar="DIR", help="The run folder. Default: the latest one in ./runs.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--run", metavar="DIR", help="The run folder. Default: the latest one in ./runs.", show_default=False, autocompletion=_runs
+    ),
+]
+ClassOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class", metavar="NAME", help="A class of the run, as you would type it; repeatable.", show_default=False, autocompletion=_classes
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]
 PrecisionOption = Annotated[

@@ -24,9 +24,19 @@ DEFAULT_NAME = "digits-lt"
 LOCAL_FILE = Path("diffrc.toml")
 HEADER_KEYS = ("Command", "Cost", "Measured")  # what the first lines of every embedded recipe say, each as `# Key: text`
 
-app = typer.Typer(no_args_is_help=True, help="Recipes: every number of a run, in one TOML file.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Recipes: every number of a run, in one TOML file.\n\nExample: diffrc recipe ls",
+)
 
-NameOrFile = Annotated[str, typer.Argument(metavar="RECIPE", help="An embedded recipe or a TOML file.", show_default=False)]
+
+def _names(incomplete: str) -> list[str]:
+    return [name for name in embedded() if name.startswith(incomplete)]
+
+
+NameOrFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="An embedded recipe or a TOML file.", show_default=False, autocompletion=_names)
+]
 
 
 @app.command("ls")
@@ -51,7 +61,7 @@ def list_recipes(json: JsonOption = False) -> None:
         console.emit_json(rows)
         return
     console.table("", ("recipe", "px", "cost"), [(row["name"], row["size_px"], row["cost"]) for row in rows])
-    console.say(f"The default is {DEFAULT_NAME}. Every key of one: diffrc recipe show NAME. One of your own: diffrc recipe cp NAME FILE.")
+    console.prose(f"The default is {DEFAULT_NAME}. Every key of one: diffrc recipe show NAME. One of your own: diffrc recipe cp NAME FILE.")
 
 
 @app.command()

@@ -198,7 +198,7 @@ def _list(json: bool) -> None:
         console.emit_json([{"name": s.name, "title": s.title, "recipe": s.recipe, "arms": len(s.rows()), "seeds": s.seeds} for s in found])
         return
     console.table("", ("study", "what it asks", "arms", "seeds"), [(s.name, s.title, len(s.rows()), s.seeds) for s in found])
-    console.say("One of your own: diffrc study FILE.toml. A recipe's controls: diffrc study RECIPE.")
+    console.prose("One of your own: diffrc study FILE.toml. A recipe's controls: diffrc study RECIPE.")
 
 
 def _plan(study: Study, arms: Sequence[Arm], folder: Path, device: torch.device, json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffrc_cli import console, dry_run
-from diffrc_cli.options import DataOption, DryRunOption, EngineDeviceOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.options import ClassOption, DataOption, DryRunOption, EngineDeviceOption, JsonOption, PrecisionOption, RunOption, SetOption
 from engines.errors import UsageError, YieldError
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # warnings, and classes in a message
 
-ClassOption = Annotated[
-    list[str] | None,
-    typer.Option("--class", metavar="NAME", help="A class of the run, as you would type it; repeatable.", show_default=False),
-]
 CountOption = Annotated[
     int | None, typer.Option("--n", metavar="N", help="Images of each class; those that are there count.", show_default=False)
 ]
@@ -175,7 +171,7 @@ def _show(part: Synthesis) -> None:
             for space, usual in part.copies.usual.items()
             if (found := part.copies.total(space)).images
         ]
-        console.say(f"copies of training images: {', '.join(told)}; closest pairs: {part.folder / 'copies.png'}")
+        console.prose(f"copies of training images: {', '.join(told)}; closest pairs: {part.folder / 'copies.png'}")
 
 
 def _percent(share: float | None) -> str:

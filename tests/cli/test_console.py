@@ -194,3 +194,70 @@ def test_a_sentence_breaks_between_words_on_a_terminal_and_nowhere_in_a_pipe(cap
     console.prose(sentence)
     assert " ".join(" ".join(screen.lines()).split()) == sentence
     assert max(map(len, screen.lines())) <= 40
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """stdout and stderr as one terminal of 40 columns; in the test itself, for pytest sets its own streams after the fixtures."""
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    return screen
+
+
+def test_a_table_that_does_not_fit_is_a_list_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = narrow(monkeypatch)
+    columns = ("stage", "state", "steps left", "images/s", "takes", "parameters", "disk")
+    table("Plan", columns, [("source", "to train", "1,000", "182", "5m51s", "0.828 M", "37.9 MiB")])
+    lines = [line.rstrip() for line in screen.lines()]
+    assert lines == [
+        "Plan",
+        "stage source",
+        "  state       to train",
+        "  steps left  1,000",
+        "  images/s    182",
+        "  takes       5m51s",
+        "  parameters  0.828 M",
+        "  disk        37.9 MiB",
+    ]
+
+
+def test_a_table_that_fits_stays_one_and_breaks_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = narrow(monkeypatch)
+    table("", ("recipe", "px", "cost"), [("cifar10-lt-100-strong", 32, "3 to 6 GPU hours, weeks on a CPU")])
+    assert "cifar10-lt-100-strong" in screen.getvalue()
+    assert max(map(len, screen.lines())) <= 40
+
+
+def test_bars_with_long_names_and_groups_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = narrow(monkeypatch)
+    bars("", [Bar("a class with a very long name", 1250, "medium", added=300)])
+    assert max(map(len, screen.lines())) <= 40
+
+
+def test_notes_and_causes_break_between_words_and_commands_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = narrow(monkeypatch)
+    sentence = "the images there were made with an engine that is not exported here any more"
+    console.note(sentence)
+    assert " ".join(" ".join(screen.lines()).split()) == sentence
+    assert max(map(len, screen.lines())) <= 40
+    told = len(screen.lines())
+    console.error(sentence, "diffrc export --run /home/somebody/with/a/long/path")
+    *cause, remedy = screen.lines()[told:]
+    assert all(len(line) <= 40 for line in cause)
+    assert cause[1].startswith("       "), "under the words, not under the label"
+    assert remedy == "try:   diffrc export --run /home/somebody/with/a/long/path"
+
+
+def test_a_terminal_that_cannot_go_back_a_line_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = narrow(monkeypatch)
+    monkeypatch.setenv("TERM", "dumb")
+    with console.progress() as report:
+        report("source", 10, 10, {})
+    assert screen.getvalue() == "source  10/10  took 0s\n"
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 KiB"), (4096, "4 KiB"), (3 * 2**20, "3 MiB"), (1610612736, "1.5 GiB")])
+def test_a_size_has_a_unit_that_fits(count: int, text: str) -> None:
+    assert console.size(count) == text

@@ -27,9 +27,9 @@ LISTED = 10_000  # images, or pairs, of one kind in the JSON document; all are c
 Relation = Literal["leak", "conflict", "repeat"]
 RELATIONS: tuple[Relation, ...] = ("leak", "conflict", "repeat")
 MEANINGS: dict[Relation, str] = {
-    "leak": "one for training and one for testing",
+    "leak": "one for training, one for testing",
     "conflict": "in two classes",
-    "repeat": "in the same class",
+    "repeat": "both in one class",
 }
 Remove = Literal["unreadable", "leaks", "conflicts", "repeats"]
 
@@ -131,10 +131,8 @@ class Checked:
             found.append((f"{many}: {self.scan.bad[first].reason}", self._way_out("")))
         for relation in RELATIONS if strict else ():
             if count := self.count(relation):
-                twins = (
-                    "1 pair of equal or nearly equal images is" if count == 1 else f"{count:,} pairs of equal or nearly equal images are"
-                )
-                found.append((f"{twins} {MEANINGS[relation]}", self._way_out(f" --leave-out {relation}s")))
+                many = "1 pair" if count == 1 else f"{count:,} pairs"
+                found.append((f"{many} of equal or nearly equal images: {MEANINGS[relation]}", self._way_out(f" --leave-out {relation}s")))
         return found
 
     def to_leave_out(self, what: Iterable[Remove]) -> dict[str, str]:

@@ -60,7 +60,8 @@ def _head(found: Checked) -> str:
     problems = found.problems()
     worrying = bool(found.scan.bad) or bool(len(found.pairs)) or any(f.level == "warning" for f in found.faults)
     if problems:
-        verdict, outcome = f"Training would stop: {problems[0][0]}", "hurts"
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        verdict, outcome = f"Training would stop: {problems[0][0]}{more}", "hurts"
     elif worrying:
         verdict, outcome = "Training can begin, but look at what was found first.", "ties"
     else:
@@ -82,7 +83,7 @@ def _tiles(found: Checked) -> Iterator[str]:
 
 
 def _faults(found: Checked) -> str:
-    rows = [row(text(fault.level), [f"{text(fault.problem)} <small>{text(fault.remedy)}</small>"]) for fault in found.faults]
+    rows = [row(text(fault.level), [f'{text(fault.problem)}. <span class="note">{text(fault.remedy)}</span>']) for fault in found.faults]
     return table("Faults of classes and settings", ("", "what, and what to do"), listed(rows, "--json"), "keys") if rows else ""
 
 
@@ -90,13 +91,16 @@ def _unreadable(found: Checked) -> str:
     if not found.scan.bad:
         return ""
     rows = [
-        row(f"<bdi>{text(found.names[i])}</bdi>", [text(found.classes[int(found.labels[i])].name), text(bad.kind), text(_reason(found, i))])
+        row(
+            f"<bdi>{text(found.names[i])}</bdi><small>{text(_place(found, i))}</small>",
+            [text(bad.kind), text(_reason(found, i))],
+        )
         for i, bad in sorted(found.scan.bad.items())
     ]
     words = note(
         "diffrc data check --quarantine FILE writes a list of them that data.quarantine obeys; data.on_bad_image=skip leaves out all."
     )
-    return words + table("Images that cannot be read", ("image", "class", "kind", "reason"), listed(rows, "--json"), "keys")
+    return words + table("Images that cannot be read", ("image", "kind", "reason"), listed(rows, "--json"), "keys")
 
 
 def _pairs(found: Checked, relation: Relation) -> str:

@@ -10,7 +10,7 @@ from diffrc_cli import console
 from diffrc_cli.options import JsonOption
 from engines.errors import EngineError
 
-WIDEST = 18  # characters of a check's name, so that what was found stands below each other
+WIDEST = 7  # characters of a severity: what was found begins below each other
 
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="A library that does not answer by then, nor computes, hangs.")
@@ -31,9 +31,9 @@ def doctor(timeout: TimeoutOption = 20.0, json: JsonOption = False) -> None:
         console.emit_json(found.to_json())
     else:
         for finding in found.findings:
-            console.prose(f"{finding.severity:<8} {finding.check:<{WIDEST}} {finding.text}")
-            if finding.remedy and finding.severity != "ok":
-                console.prose(f"{'':<8} {'try:':<{WIDEST}} {finding.remedy}")
+            console.prose(f"{finding.severity:<{WIDEST}} {finding.check}: {finding.text}")
+            if finding.severity != "ok":
+                console.prose(f"{'':<{WIDEST}} try: {finding.remedy}")
         versions = ", ".join(f"{name} {version}" for name, version in found.versions.items() if version and version != "none")
         console.prose(f"versions: {versions}")
         console.say(f"looked for {found.seconds:.1f} s")

@@ -425,7 +425,8 @@ def _maker_of(place: Place, document: Mapping[str, Any], engine: Kind | None) ->
     )
     here, hosts = plans.host(maker.device.type == "cuda"), document.get("hosts", [])
     if hosts != [here]:
-        reasons.append("made on another kind of machine" if here not in hosts else "made on more than one kind of machine")
+        elsewhere = "made on more than one kind of machine" if here in hosts else "made on another kind of machine"
+        reasons.append(elsewhere if hosts else "their plan does not say on which kind of machine they were made")
     return maker, "; ".join(reasons)
 
 

@@ -30,9 +30,9 @@ def test_a_machine_in_order_is_code_0_and_each_finding_a_line(call_in_empty: Cal
     done = call_in_empty("doctor")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0] == "ok       packages           runs"
-    notes = [i for i, line in enumerate(lines) if line.startswith(("note ", "warning "))]
-    assert all(lines[i + 1].startswith("         try:               ") for i in notes), "a remedy a finding"
+    assert lines[0] == "ok      packages: runs"
+    notes = [i for i, line in enumerate(lines) if line.startswith(("note    ", "warning "))]
+    assert all(lines[i + 1].startswith("        try: ") for i in notes), "a remedy a finding"
     assert any(line.startswith("versions: python ") for line in lines)
     assert list(Path().iterdir()) == [], "nothing is left behind"
 

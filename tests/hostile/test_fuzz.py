@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ def _load(name: str) -> Any:
 
 
 fuzz = _load("fuzz_targets")
-FEW = 40
+FEW = 30
 MANY = int(os.environ.get("DIFFRC_FUZZ_EXAMPLES", "10000"))
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -104,3 +105,11 @@ def test_a_reader_ends_well_or_in_a_typed_error(name: str, folder: Path) -> None
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_a_reader_ends_well_or_in_a_typed_error_ten_thousand_times(name: str, folder: Path) -> None:
     look(name, MANY, folder)
+
+
+def test_the_script_for_atheris_knows_its_targets_or_says_how_to_install_it() -> None:
+    script = Path(__file__).with_name("fuzz_atheris.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, encoding="utf-8", timeout=120, check=False)
+    assert done.returncode == 2
+    installed = importlib.util.find_spec("atheris") is not None
+    assert ("name one of: tar, " if installed else "pip install atheris") in done.stderr

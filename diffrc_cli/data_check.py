@@ -80,6 +80,8 @@ def check(
 
     if leave_out and quarantine is None:
         raise UsageError("--leave-out says what goes to a list, and no list was asked for", "--quarantine FILE --leave-out ...")
+    _refuse_foreign(html, b"<!doctype html>")
+    _refuse_foreign(quarantine, b'{\n "format": "diffrc-quarantine')
     settings = resolve(recipe, overrides)
     with console.progress() as report:
         found = look(settings, data, workers or cores(), near, report)
@@ -91,6 +93,19 @@ def check(
     if problems := found.problems(strict):
         more = f" (and {len(problems) - 1} more, above)" if len(problems) > 1 else ""
         raise DataError(problems[0][0] + more, problems[0][1])
+
+
+def _refuse_foreign(path: Path | None, beginning: bytes) -> None:
+    """Stop before the work where it would replace a file that no earlier check wrote."""
+    from engines.errors import ConflictError
+
+    if path is None or not path.exists():
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(beginning)) == beginning:
+                return
+    raise ConflictError(f"{path} is there already, and no earlier check wrote it", "choose another name")
 
 
 def _write(found: Checked, html: Path | None, quarantine: Path | None, leave_out: list[Any]) -> None:

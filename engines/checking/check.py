@@ -258,14 +258,17 @@ def check(recipe: Recipe, path: Path | None, workers: int = 1, near: bool = True
     left_out, listed = quarantined(census, data)
     sets: list[ImageSet] = [images for images in (census.pool, census.test) if images is not None]
     began = time.monotonic()
+    everything = data.on_bad_image == "skip" and census.held_out  # what is left out was among those of which test images are drawn
     scans, start = [], 0
-    for images in sets:
-        wanted = np.flatnonzero(~left_out[start : start + len(images)])
-        scans.append(scan(images, wanted, workers, report))
+    for images, what in zip(sets, ("check", "check test"), strict=False):
+        wanted = np.flatnonzero(~left_out[start : start + len(images)] | everything)
+        scans.append(scan(images, wanted, workers, lambda _, *done, what=what: report(what, *done)))
         start += len(images)
     found = together(scans)
     seconds = time.monotonic() - began
-    for_test, fault = split_of(census, data, set(found.bad))
+    for_test, fault = split_of(census, data, {i for i, bad in found.bad.items() if bad.kind != "changed"})
+    found.bad = {i: bad for i, bad in found.bad.items() if not left_out[i]}
+    found.cut = [i for i in found.cut if not left_out[i]]
     labels = np.concatenate([images.labels for images in sets])
     classes, more = _classes(recipe, census, labels, for_test, left_out, found)
     album = Album(sets)

@@ -24,7 +24,7 @@ SHARE_OF_USUAL = 0.4  # of the usual distance between nearest images
 SURELY, AT_MOST = 0.1, 0.45  # distances that are near, and far, in any set
 LEAST_CONTRAST = 4.0  # gray levels: below it an image is flat, and noise would decide
 SAMPLE, ASKED = 1024, 256  # images among which the nearest are looked for, and for how many of them
-MAX_CANDIDATES = 1 << 21  # pairs that are compared by pixels, those with the nearest hashes first
+MAX_CANDIDATES = 1 << 19  # pairs that are compared by pixels, those with the nearest hashes first
 BLOCK_IMAGES, BLOCK_PAIRS = 8192, 512  # decoded, and compared, at a time
 SEED = 0  # of the sample
 

@@ -183,6 +183,20 @@ def test_copies_leak_across_a_held_out_split_too(photos: Path, tmp_path: Path) -
     assert found.count("repeat") == 6 - len(expected)
 
 
+def test_the_held_out_split_is_the_loaders_with_images_skipped_and_left_out(photos: Path, encoded: Encoded, tmp_path: Path) -> None:
+    whole = photos / "train"
+    for name in ("0", "55", "7"):
+        (whole / "ant" / f"{name}bad.png").write_bytes(b"x")
+    plain = recipe("data.test_per_class=3", "data.on_bad_image=skip")
+    for settings in (plain, recipe("data.test_per_class=3", "data.on_bad_image=skip", f"data.quarantine={tmp_path / 'out.json'}")):
+        found = check(settings, whole)
+        train, test = load_images(settings.data, whole)
+        used = [i for i in np.flatnonzero(~found.left_out).tolist() if i not in found.scan.bad]
+        assert {found.names[i] for i in used if found.for_test[i]} == {test.origin(i).removeprefix(f"{whole}/") for i in range(len(test))}
+        assert sum(not found.for_test[i] for i in used) == len(train)
+        store.write_json(tmp_path / "out.json", found.quarantine(("unreadable",)).to_json())
+
+
 def test_trees_that_training_would_refuse_are_told_all_at_once(photos: Path) -> None:
     (photos / "train" / "dog").mkdir()
     shutil.copytree(photos / "train" / "ant", photos / "test" / "elk")

@@ -101,6 +101,17 @@ def test_what_to_leave_out_needs_a_list_to_go_to(call_in_empty: Call, photos: Pa
     assert "--quarantine FILE" in err
 
 
+@pytest.mark.parametrize("option", ["--html", "--quarantine"])
+def test_only_what_an_earlier_check_wrote_is_replaced(call_in_empty: Call, photos: Path, option: str) -> None:
+    assert [call_in_empty(*FOLDER, option, "out").code for _ in range(2)] == [0, 0]
+    mine = photos / "train" / "cat" / "1.png"
+    before = mine.read_bytes()
+    code, out, err = call_in_empty(*FOLDER, option, str(mine))
+    assert (code, out) == (5, "")
+    assert "no earlier check wrote it" in err
+    assert mine.read_bytes() == before
+
+
 def test_a_check_imports_no_torch(diffrc: Callable[..., Any], photos: Path) -> None:
     done = diffrc(*FOLDER[:6], "--set", "data.groups=ranks", "--set", "data.group_sizes=[1,0,1]", PYTHONPROFILEIMPORTTIME="1")
     assert "engines.checking.check" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from engines import store
-from engines.errors import ConflictError, DataError, UsageError
+from engines.errors import ConflictError, DataError, Interrupted, UsageError
 from engines.store import RunFolder
 from engines.synthesis import verify as verification
 from engines.synthesis.maker import Maker
@@ -342,3 +343,21 @@ def test_the_recipe_of_a_plan_is_the_runs_with_what_was_typed(made_run: Path) ->
     assert recipe.select.confidence == 0.0001
     assert recipe.target == opened.recipe.target
     assert torch.get_num_threads() == 1
+
+
+def test_images_of_half_precision_are_not_held_to_another_engine(run: Path) -> None:
+    plan = store.read_json(run / "synth/plan.json")
+    identity = plan["identity"] | {"engine.kind": "openvino", "engine.precision": "bf16"}
+    document = plan | {"identity": identity}
+    place = verification.places(run)[0]
+    with pytest.raises(UsageError, match="openvino in bf16, whose rounding no other engine can repeat"):
+        verification._maker_of(place, document, "torch")
+
+
+def test_a_signal_ends_it_and_nothing_is_said_to_continue(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = verification.StopRequest()
+    stop.signal_number = 15
+    monkeypatch.setattr(verification, "catch_signals", lambda: contextlib.nullcontext(stop))
+    with pytest.raises(Interrupted) as stopped:
+        verify(run)
+    assert (stopped.value.signal_number, stopped.value.remedy) == (15, "the same command begins again")

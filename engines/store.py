@@ -80,6 +80,21 @@ def read_json(path: Path) -> Any:
         raise DataError(f"cannot read {path}: {error}", "remake it with the command that wrote it, or restore the file") from None
 
 
+def read_object(path: Path, **kinds: type) -> dict[str, Any]:
+    """A JSON object that has these keys, each of its type. Raises DataError where it is missing, damaged or another."""
+    found = read_json(path)
+    wrong = [key for key, kind in kinds.items() if not isinstance(found, dict) or not isinstance(found.get(key), kind)]
+    if wrong or not isinstance(found, dict):
+        what = f"{wrong[0]!r} is missing or no {kinds[wrong[0]].__name__}" if wrong and isinstance(found, dict) else "it is no object"
+        raise DataError(f"{path} is damaged: {what}", "remake it with the command that wrote it, or restore the file")
+    return found
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON document is a number to reckon with: finite, and not of hundreds of digits."""
+    return isinstance(value, int | float) and -1e300 < value < 1e300
+
+
 def append_json(path: Path, value: Mapping[str, Any]) -> None:
     """Add one JSON line; a last line torn by an earlier kill is dropped first. Raises StorageError."""
     append_json_lines(path, (value,))
@@ -137,6 +152,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load as tensors_from_bytes
 
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise OSError("it is not a file")
         return tensors_from_bytes(path.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(f"cannot read {path}: {error}", "train again, or restore the file") from None
@@ -359,6 +376,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     for path in _checkpoint_folders(folder):
         try:
             manifest = read_json(path / "MANIFEST.json")
+            if not all(Path(name).name == name and (path / name).is_file() for name in manifest):  # it could name a device, or any file
+                raise DataError(f"{path} names files that are not in it", "restore it")
             data = {name: (path / name).read_bytes() for name in manifest}
             if any(hashlib.sha256(data[name]).hexdigest() != entry["sha256"] for name, entry in manifest.items()):
                 raise DataError(f"{path} does not match its manifest", "restore it")
@@ -424,7 +443,12 @@ class RunFolder:
         """The class table of training: {"names": [...], "counts": [...], "groups": [...], "kept_sha256": "..."}. Raises UsageError."""
         if not (self.path / "classes.json").exists():
             raise UsageError(f"{self.path} has not been trained yet", f"diffrc train --run {self.path}")
-        table: dict[str, Any] = read_json(self.path / "classes.json")
+        table = read_object(self.path / "classes.json", names=list, counts=list, groups=list, kept_sha256=str)
+        kinds = (("names", str), ("counts", int), ("groups", str))
+        if len({len(table[key]) for key, _ in kinds}) != 1 or any(
+            not isinstance(value, kind) for key, kind in kinds for value in table[key]
+        ):
+            raise DataError(f"{self.path / 'classes.json'} is damaged: it is no table of classes", "restore the file")
         return table
 
     def keep_classes(self, table: Mapping[str, Any]) -> None:
@@ -442,7 +466,9 @@ class RunFolder:
     def add_cost(self, what: str, seconds: float) -> None:
         """Add wall-clock seconds to what this run has cost, by stage, in cost.json."""
         path = self.path / "cost.json"
-        cost = read_json(path) if path.exists() else {}
+        cost = read_object(path) if path.exists() else {}
+        if not is_number(cost.get(what, 0.0)):
+            raise DataError(f"{path} is damaged: {what!r} is no number", "remove the file; it counts the hours anew")
         write_json(path, cost | {what: round(cost.get(what, 0.0) + seconds, 2)})
 
 
@@ -491,7 +517,10 @@ def open_run(path: Path | None, overrides: tuple[str, ...] = (), root: Path = DE
     if path is None:
         if not (root / "latest.json").exists():
             raise UsageError(f"there is no run in ./{root}", "diffrc train")
-        path = root / str(read_json(root / "latest.json")["run"])
+        name = read_object(root / "latest.json", run=str)["run"]
+        if Path(name).name != name:  # the place of a run is beside the file that names it
+            raise DataError(f"{root / 'latest.json'} is damaged: {name[:80]!r} is no folder's name", "--run names the run")
+        path = root / name
     if not (path / "recipe.toml").exists():
         raise UsageError(f"{path} is not a run folder", "diffrc train makes one; --run names it")
     recipe = recipes.read(path / "recipe.toml", overrides)

@@ -247,6 +247,8 @@ _REMEDY = "source.pretrained names a file that diffrc import wrote; a relative p
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, mapped, not read. Raises DataError."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise DataError(f"cannot read {path}: it is not a file", _REMEDY)
         with path.open("rb") as raw:
             torch_file = raw.read(4) == b"PK\x03\x04"
     except OSError as error:

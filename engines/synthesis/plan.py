@@ -19,6 +19,7 @@ from engines.data.names import find_class, shorten
 from engines.errors import ConflictError, UsageError
 from engines.recipe import Recipe
 from engines.store import RunFolder
+from engines.synthesis.sheet import read_plan
 from engines.training import reuse
 
 if TYPE_CHECKING:
@@ -134,14 +135,14 @@ def keep_plan(folder: Path, plan: Plan) -> None:
     if not stored.exists():
         store.write_json(stored, document | {"hosts": [here]})
         return
-    before = store.read_json(stored)
-    if before.get("plan") == plan.id:
+    before = read_plan(folder)
+    if before["plan"] == plan.id:
         hosts = before.get("hosts", ["unknown"])  # of a version that did not say
         now = before | {"stages": document["stages"], "hosts": hosts if here in hosts else [*hosts, here]}
         if now != before:  # the same weights, reached by another way; or another machine goes on
             store.write_json(stored, now)
         return
-    told = told_differences(before.get("identity", {}), plan.identity)
+    told = told_differences(before["identity"], plan.identity)
     raise ConflictError(f"{folder} holds images of another plan ({told})", f"--out DIR puts these elsewhere; or remove {folder}")
 
 
@@ -181,16 +182,16 @@ class MadeWith(NamedTuple):
 
 def made_with(folder: Path) -> MadeWith:
     """What made the images of a folder."""
-    stored = store.read_json(folder / PLAN_FILE).get("identity", {}) if (folder / PLAN_FILE).is_file() else {}
+    stored = read_plan(folder)["identity"] if (folder / PLAN_FILE).is_file() else {}
     if not stored:
         return MadeWith()
-    build = f"{stored['engine.kind']} {stored['engine.precision']}"
+    build = f"{stored.get('engine.kind')} {stored.get('engine.precision')}"
     return MadeWith(build, stored.get("guided_step.file_sha256", ""), stored.get("engine.device", "cpu"))
 
 
 def require_current(run: RunFolder) -> None:
     """Refuse a run's own images where a stage that made them has been trained anew or further since. Raises ConflictError, DataError."""
-    then = store.read_json(run.synth / PLAN_FILE).get("stages", {})
+    then = read_plan(run.synth).get("stages", {})
     if other := [stage for stage, mark in then.items() if mark and reuse.mark(run.path, stage) != mark]:
         raise ConflictError(
             f"the images in {run.synth} were made by another {' and '.join(other)} than {run.path} holds now",
@@ -290,7 +291,7 @@ def folder_of(run: RunFolder, model: Model, out: Path | None) -> Path:
 
 
 def _plan_of(folder: Path) -> str:
-    return str(store.read_json(folder / PLAN_FILE).get("plan", "")) if (folder / PLAN_FILE).exists() else ""
+    return str(read_plan(folder)["plan"]) if (folder / PLAN_FILE).exists() else ""
 
 
 def _brief(value: Any) -> str:

@@ -172,6 +172,20 @@ def scan_class(folder: Path, names: Sequence[str], class_id: int, plan: str) -> 
                 yield place / name, Stored(pixels, record) if ours else None
 
 
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The plan of a synthesis folder: "plan", its id; "identity" with the names of its classes; "stages" and more.
+
+    Raises DataError where there is none, or a damaged one.
+    """
+    path = folder / "plan.json"
+    found = store.read_object(path, plan=str, identity=dict)
+    names, stages, hosts = found["identity"].get("classes"), found.get("stages", {}), found.get("hosts", [])
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not known or not isinstance(stages, dict) or not isinstance(hosts, list):
+        raise DataError(f"{path} is damaged: it is no plan", "restore the file, or remove its folder and make the images anew")
+    return found
+
+
 def read_images(folder: Path) -> tuple[Pixels, Labels]:
     """The kept images of a synthesis folder: (N, H, W, C) uint8 and labels (N,) int64, by class and index.
 
@@ -180,7 +194,7 @@ def read_images(folder: Path) -> tuple[Pixels, Labels]:
     remedy = "diffrc synth --fill makes the images"
     if not (folder / "plan.json").exists():
         raise DataError(f"{folder} holds no synthesized images", remedy)
-    plan = store.read_json(folder / "plan.json")
+    plan = read_plan(folder)
     names = plan["identity"]["classes"]
     images: list[Pixels] = []
     labels: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections import Counter, deque
@@ -17,7 +18,7 @@ from engines import store
 from engines.data.decode import Pixels, read_regular_file
 from engines.data.names import slug
 from engines.diffusion.sampler import StepLog
-from engines.errors import ConflictError
+from engines.errors import ConflictError, DataError
 from engines.recipe import Recipe
 from engines.synthesis import select
 from engines.synthesis.plan import ImageId, Plan
@@ -244,10 +245,12 @@ class GuidanceLog:
         """Continue what an earlier job wrote."""
         if not (folder / "guidance.json").exists():
             return cls({}, 0)
-        table = store.read_json(folder / "guidance.json")
-        n = table["batches"]
-        figures = zip(table["t"], table["guidance_to_noise"], table["scale"], table["log_prob"], strict=True)
-        return cls({t: [n * value for value in values] for t, *values in figures}, n)
+        columns = ("t", "guidance_to_noise", "scale", "log_prob")
+        table = store.read_object(folder / "guidance.json", batches=int, **dict.fromkeys(columns, list))
+        n, values = table["batches"], [table[column] for column in columns]
+        if len(set(map(len, values))) != 1 or not all(map(store.is_number, (n, *itertools.chain(*values)))):
+            raise DataError(f"{folder / 'guidance.json'} is damaged: it is no table of figures", "remove the file; it is kept anew")
+        return cls({t: [n * figure for figure in figures] for t, *figures in zip(*values, strict=True)}, n)
 
     def add(self, steps: Sequence[StepLog]) -> None:
         """Count one batch, unless an image in it was not finite: it has no averages."""

@@ -211,5 +211,5 @@ def test_images_of_a_stage_that_was_trained_again_are_not_evaluated_as_if_they_w
     assert refused.value.remedy.startswith(f"diffrc run --run {run.path}")
     plans.keep_plan(run.synth, replace(plan, stages={"guide": "11111111@6"}))  # of equal weights after all
     plans.require_current(run)
-    store.write_json(run.synth / "plan.json", {"plan": "of an older version"})
+    store.write_json(run.synth / "plan.json", {"plan": "of an older version", "identity": {"classes": []}})
     plans.require_current(run)

@@ -134,7 +134,7 @@ def _show(found: Checked) -> None:
     _show_classes(found)
     console.prose(_shapes(found))
     for fault in found.faults:
-        console.prose(f"{fault.level}: {fault.problem}. {fault.remedy}")
+        console.prose(f"{fault.level}: {fault.problem}; {fault.remedy}")
     if bad := sorted(found.scan.bad.items()):
         _show_list(f"cannot be read: {len(bad):,} (data.on_bad_image = {found.recipe.data.on_bad_image})", [b.reason for _, b in bad])
     if cut := sorted(found.scan.cut):

@@ -83,7 +83,7 @@ def _tiles(found: Checked) -> Iterator[str]:
 
 
 def _faults(found: Checked) -> str:
-    rows = [row(text(fault.level), [f'{text(fault.problem)}. <span class="note">{text(fault.remedy)}</span>']) for fault in found.faults]
+    rows = [row(text(fault.level), [f'{text(fault.problem)}; <span class="note">{text(fault.remedy)}</span>']) for fault in found.faults]
     return table("Faults of classes and settings", ("", "what, and what to do"), listed(rows, "--json"), "keys") if rows else ""
 
 

@@ -16,10 +16,9 @@ import numpy.typing as npt
 from engines import recipe as recipes
 from engines import store
 from engines.data.names import find_class, shorten
-from engines.errors import ConflictError, UsageError
+from engines.errors import ConflictError, DataError, UsageError
 from engines.recipe import Recipe
 from engines.store import RunFolder
-from engines.synthesis.sheet import read_plan
 from engines.training import reuse
 
 if TYPE_CHECKING:
@@ -178,6 +177,20 @@ class MadeWith(NamedTuple):
     build: str = ""  # runtime and precision, as `choice.Build` writes itself; "" where there are no images
     guided_sha256: str | None = None  # of the file that made guided steps in one graph; "" = there was none; None = there are no images
     device: str = ""  # "cpu" or "cuda"; "" where there are no images
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The plan of a synthesis folder: "plan", its id; "identity" with the names of its classes; "stages" and more.
+
+    Raises DataError where there is none, or a damaged one.
+    """
+    path = folder / PLAN_FILE
+    found = store.read_object(path, plan=str, identity=dict)
+    names, stages, hosts = found["identity"].get("classes"), found.get("stages", {}), found.get("hosts", [])
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not known or not isinstance(stages, dict) or not isinstance(hosts, list):
+        raise DataError(f"{path} is damaged: it is no plan", "restore the file, or remove its folder and make the images anew")
+    return found
 
 
 def made_with(folder: Path) -> MadeWith:

@@ -23,6 +23,7 @@ from engines.data.batches import to_pixels
 from engines.data.decode import Pixels, read_regular_file
 from engines.data.names import slug
 from engines.errors import DataError
+from engines.synthesis.plan import read_plan
 from engines.synthesis.select import REASONS, UNMEASURED, Figures, Reason
 
 MAX_PNG_BYTES = 1 << 26
@@ -170,20 +171,6 @@ def scan_class(folder: Path, names: Sequence[str], class_id: int, plan: str) -> 
                     continue
                 ours = (record.plan, record.class_id, record.index, record.kept) == (plan, class_id, int(match[1]), kept)
                 yield place / name, Stored(pixels, record) if ours else None
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan of a synthesis folder: "plan", its id; "identity" with the names of its classes; "stages" and more.
-
-    Raises DataError where there is none, or a damaged one.
-    """
-    path = folder / "plan.json"
-    found = store.read_object(path, plan=str, identity=dict)
-    names, stages, hosts = found["identity"].get("classes"), found.get("stages", {}), found.get("hosts", [])
-    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not known or not isinstance(stages, dict) or not isinstance(hosts, list):
-        raise DataError(f"{path} is damaged: it is no plan", "restore the file, or remove its folder and make the images anew")
-    return found
 
 
 def read_images(folder: Path) -> tuple[Pixels, Labels]:

@@ -18,8 +18,8 @@ from engines.errors import DataError, DiffRCError
 from engines.networks import pretrained
 from engines.recipe import load
 from engines.store import Checkpoint, RunFolder
-from engines.synthesis.plan import Plan, check_folder, keep_plan, made_with, make_room, require_current
-from engines.synthesis.sheet import read_images, read_plan
+from engines.synthesis.plan import Plan, check_folder, keep_plan, made_with, make_room, read_plan, require_current
+from engines.synthesis.sheet import read_images
 from engines.synthesis.shelf import GuidanceLog
 
 JUNK: tuple[Any, ...] = (None, True, -1, 1.5, "x", "../../x", [], [None], {}, {"x": None}, 10**400, [[[]]] * 3)

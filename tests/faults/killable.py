@@ -8,6 +8,7 @@ a command costs its work alone. A request is JSON: {"words": [...], "cwd": "..."
             "moment"  count milliseconds later, wherever the command is then
             "power"   at the count-th fsync, or at the end: what a disk holds that lost everything not flushed is laid out in `disk`
     stage, step       it counts from the metrics line of that step on, or of a later one of the stage; without them, from the start
+    signal  what comes at that moment; without it SIGKILL
     error   the number of an error that the write ends with; without it SIGKILL: nothing is flushed, no handler runs, no lock is
             given back by hand
 
@@ -44,9 +45,10 @@ writes = 0
 at_the_end: list[Callable[[], None]] = []
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # the signal comes to the process before this thread goes on
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+    if number == signal.SIGKILL:
+        time.sleep(60)  # the signal comes to the process before this thread goes on
 
 
 def watched_fsync(descriptor: int) -> None:
@@ -118,7 +120,7 @@ def arm(fault: Mapping[str, Any]) -> None:
     def begin() -> None:
         armed.set()
         if where == "moment":
-            threading.Timer(count / 1000, die).start()
+            threading.Timer(count / 1000, die, [fault.get("signal", signal.SIGKILL)]).start()
 
     def append_and_count(path: Path, value: Mapping[str, Any]) -> None:
         here = path.parent.name == fault["stage"] and value.get("step", -1) >= fault["step"] and not armed.is_set()

@@ -57,6 +57,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 internal error, 2 usage or recipe, 3 data, 4 engine or device, 5 folder in use or another run in it, "
     "6 numbers disagree, 7 not finite, 8 disk, 9 fewer images than asked, 130/143 interrupted (the same command continues).",
 )
+FRAMES = app.rich_markup_mode
 
 
 def _print_version(wanted: bool) -> None:
@@ -127,6 +128,7 @@ def _split(words: list[str]) -> tuple[list[str], set[str]]:
 
 def _run(words: list[str], manner: set[str]) -> int:
     """The exit code of a command, its failure told."""
+    _fit_help(console.narrow_width())
     try:
         if {"quiet", "verbose"} <= manner:
             raise UsageError("--quiet and --verbose are opposites", "one of them")
@@ -141,6 +143,12 @@ def _run(words: list[str], manner: set[str]) -> int:
     if code in (INTERRUPTED, TERMINATED):
         console.error("interrupted", "the same command again; training and synthesis continue where they were", code)
     return code if isinstance(code, int) else 0
+
+
+def _fit_help(narrow_width: int) -> None:
+    """Help without frames on a narrow terminal, where frames leave options no room; 0 = it is wide."""
+    app.rich_markup_mode = None if narrow_width else FRAMES
+    app.info.context_settings = {**(app.info.context_settings or {}), "terminal_width": narrow_width or None}
 
 
 class _Terminated(BaseException):
@@ -219,4 +227,4 @@ def _keep_streams_alive() -> None:
             target = os.open(os.devnull, os.O_WRONLY) if stream is None else descriptor
             raw = io.BufferedWriter(_Outlet(target, "w", closefd=False))
             encoding = stream.encoding if stream else "utf-8"
-            setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=True))
+            setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors="diffrc", line_buffering=True))

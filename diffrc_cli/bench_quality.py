@@ -9,7 +9,7 @@ import typer
 
 from diffrc_cli import console, dry_run
 from diffrc_cli.evaluate import FeaturesOption
-from diffrc_cli.options import ClassOption, DataOption, DryRunOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.options import DataOption, DryRunOption, JsonOption, PrecisionOption, RunOption, SetOption, class_names
 from diffrc_cli.synth import EngineOption
 from engines.errors import UsageError
 
@@ -29,6 +29,17 @@ ScalesOption = Annotated[
     typer.Option("--scales", metavar="NUMBERS", help="Guidance scales, with commas. Default: the recipe's.", show_default=False),
 ]
 CountOption = Annotated[int, typer.Option("--n", metavar="N", min=2, help="Images of each cell, shared evenly by the classes.")]
+
+ClassOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class",
+        metavar="NAME",
+        help="A class; repeatable. Default: every medium and few class.",
+        show_default=False,
+        autocompletion=class_names,
+    ),
+]
 
 
 def quality(

@@ -7,6 +7,7 @@ inside the functions: `diffrc --help` does not pay for it. Text of users (class 
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from engines.progress import Report
 
+MIN_FRAME_WIDTH = 60  # characters; help has no frames below
 MIN_WIDTH, MAX_WIDTH = 40, 120  # characters; a wider terminal makes lines that the eye loses
 PLAIN_INTERVAL_SECONDS = 10.0  # between two progress lines of one job where there is no terminal
 EVENT_INTERVAL_SECONDS = 1.0  # the same with --events and --verbose
@@ -33,6 +35,7 @@ LONGEST_WORD, LONGEST_NAME = 16, 24  # characters; a longer one may be broken wh
 UNWRAPPED_CHARACTERS = 20  # columns of numbers, and of short text where there is room, are not wrapped
 GROUP_STYLES = {"many": "blue", "medium": "yellow", "few": "red"}  # beside the group's name, never instead of it
 ADDED_STYLE = "green"
+PLAIN = {"±": "+/-", "−": "-", "×": "x", "…": "...", "→": "->", "≥": ">=", "≤": "<="}  # for a stream without them
 COMMANDS = ("diffrc ", "pip ", "python")  # a remedy that begins so is to be copied
 NUMERIC = re.compile(r"-|[-+]?[\d.,]+(e[-+]?\d+)?\s?(%|(±|\+/-|\+).*)?")  # cells that read best right-aligned
 
@@ -89,6 +92,23 @@ def told(exit_code: int) -> None:
     elif _manner.verbose:
         peak = f", {size(memory)} of memory at its peak" if memory else ""
         note(f"exit code {exit_code} after {duration(time.monotonic() - _manner.began)}{peak}")
+
+
+def plainly(failure: UnicodeError) -> tuple[str | bytes, int]:
+    """What an encoding without a character gets in its place: `PLAIN`, or its number; see `codecs.register_error`."""
+    assert isinstance(failure, UnicodeEncodeError)
+    missing = failure.object[failure.start : failure.end]
+    words = (PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode("ascii") for character in missing)
+    return "".join(words), failure.end
+
+
+codecs.register_error("diffrc", plainly)
+
+
+def narrow_width() -> int:
+    """The width of a terminal on stdout that is too narrow for frames; 0 where it is wide, or none."""
+    width = _width(sys.stdout) if _is_terminal(sys.stdout) else 0
+    return width if width < MIN_FRAME_WIDTH else 0
 
 
 def say(text: str = "") -> None:

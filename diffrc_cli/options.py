@@ -29,7 +29,7 @@ def _runs(incomplete: str) -> list[str]:
     return [path for path in sorted(str(file.parent) for file in RUNS.glob("*/recipe.toml")) if path.startswith(incomplete)]
 
 
-def _classes(context: typer.Context, incomplete: str) -> list[str]:
+def class_names(context: typer.Context, incomplete: str) -> list[str]:
     """Of the run that is named already, or of the latest one; blanks as underscores, which is the same name. A shell waits for it."""
     try:
         named = context.params.get("run") or RUNS / json.loads((RUNS / "latest.json").read_bytes())["run"]
@@ -73,7 +73,11 @@ RunOption = Annotated[
 ClassOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--class", metavar="NAME", help="A class of the run, as you would type it; repeatable.", show_default=False, autocompletion=_classes
+        "--class",
+        metavar="NAME",
+        help="A class of the run, as you would type it; repeatable.",
+        show_default=False,
+        autocompletion=class_names,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout instead of text.")]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -122,3 +124,29 @@ def test_no_command_has_an_option_of_these_names() -> None:
     below = set().union(*(options(command) for command in root.commands.values()))  # type: ignore[attr-defined]
     assert not below & set(application.EVERYWHERE)
     assert set(application.EVERYWHERE) <= {word for parameter in root.params for word in parameter.opts}
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("columns", "longest"), [(40, 46), (50, 50), (80, 80)])  # the text beside long options has ten characters at least
+def test_help_shows_every_option_whole_on_a_terminal_of_any_width(columns: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(SystemExit) as end:
+        application.main(["synth", "--help"])
+    assert end.value.code == 0
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue())
+    assert all(option in text for option in ("--guidance-scale", "--distance-band", "--dry-run", "--compile"))
+    assert max(map(len, text.splitlines())) <= longest
+    assert ("╭" in text) == (columns == 80)
+
+
+def test_a_stream_without_a_character_gets_what_is_read_as_the_same() -> None:
+    assert "83.5 ± 1.0 … −3 é".encode("ascii", "diffrc") == rb"83.5 +/- 1.0 ... -3 \xe9"

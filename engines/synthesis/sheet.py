@@ -18,7 +18,6 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from engines import store
 from engines.data.batches import to_pixels
 from engines.data.decode import Pixels, read_regular_file
 from engines.data.names import slug

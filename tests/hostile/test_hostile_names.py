@@ -336,6 +336,40 @@ def test_a_class_that_is_asked_for_is_told_of_in_one_line(run: RunFolder, capsys
         assert [line[:6] for line in lines if line.startswith(("error:", "try:"))] == ["error:", "try:  "]
 
 
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("words", [("recipe", "validate"), ("recipe", "diff")], ids=" ".join)
+def test_the_text_of_a_recipe_is_shown_and_never_obeyed(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values, keys, sections, names of files: of a recipe that is taken and of one that is refused, on a terminal and in a pipe."""
+    monkeypatch.chdir(tmp_path)
+    hidden = [name for name in NAMES if not hostile.is_plain(name) and "\0" not in name and len(name) < 100] + ["[red]x", "<b>"]
+    refused = 0
+    for text in hidden[::8]:
+        quoted = json.dumps(text).replace("\x7f", "\\u007f")
+        for content in (
+            f'name = "x"\n[data]\nsource = "folder"\npath = {quoted}\n',
+            f"name = {quoted}\n[source]\nlr = {quoted}\n{quoted} = 1\n[{quoted}]\n{quoted} = {quoted}\n",
+        ):
+            (tmp_path / "recipe.toml").write_text(content, encoding="utf-8")
+            options = ("recipe.toml", "digits-lt")[: 1 + (words[1] == "diff")]
+
+            def call(options: tuple[str, ...] = options) -> None:
+                with pytest.raises(SystemExit):
+                    main((*words, *options))
+
+            drawn(monkeypatch, 80, call)
+            capsys.readouterr()
+            call()
+            captured = capsys.readouterr()
+            assert all(line.isprintable() for line in (captured.out + captured.err).split("\n"))
+            refused += "error:" in captured.err
+    assert refused >= len(hidden[::8])
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"], "nothing is written anywhere"
+
+
 # -------------------------------------------------------------------------------------------------------- what is refused
 
 

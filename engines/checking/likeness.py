@@ -3,7 +3,9 @@
 Near ones are found by their hashes of looks and confirmed on pixels: the root mean square of the differences at 32 px, as a
 share of the contrast of the flatter of the two images. How near is too near depends on the data: two handwritten digits of
 8 px differ by less than two crops of one photograph. So a share is held to what the nearest image of an image usually is in
-this very set.
+this very set. And light above, dark below is the contrast of many a photograph: what is left of two images without the mean of
+each 8 x 8 px must be correlated too. On CIFAR-10, of pairs as near as the limit, all with a correlation under 0.74 were two scenes
+and all over 0.79 were one.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from engines.progress import Report, silent
 
 SHARE_OF_USUAL = 0.4  # of the usual distance between nearest images
 SURELY, AT_MOST = 0.1, 0.45  # distances that are near, and far, in any set
+DETAIL_PX, LEAST_CORRELATION = 8, 0.76  # of details, unless a pair is surely near
 LEAST_CONTRAST = 4.0  # gray levels: below it an image is flat, and noise would decide
 SAMPLE, ASKED = 1024, 256  # images among which the nearest are looked for, and for how many of them
 MAX_CANDIDATES = 1 << 19  # pairs that are compared by pixels, those with the nearest hashes first
@@ -130,7 +133,7 @@ def _nearest(blocks: Iterable[Indices], looks: npt.NDArray[np.uint64]) -> tuple[
 
 
 def _distances(album: Album, pairs: Indices, report: Report) -> Reals:
-    """(P,) distances of (P, 2) pairs; of the images at most BLOCK_IMAGES are held at a time."""
+    """(P,) distances of (P, 2) pairs, infinite where details disagree; of the images at most BLOCK_IMAGES are held at a time."""
     found = np.empty(len(pairs), dtype=np.float32)
     for start, end in _spans(pairs):
         members, places = np.unique(pairs[start:end], return_inverse=True)
@@ -139,8 +142,9 @@ def _distances(album: Album, pairs: Indices, report: Report) -> Reals:
         for at in range(0, end - start, BLOCK_PAIRS):
             block = places[at : at + BLOCK_PAIRS]
             a, b = (pixels[block[:, side]].astype(np.float32) for side in (0, 1))  # (B, 32, 32, 3)
-            apart = np.sqrt(np.square(a - b).mean(axis=(1, 2, 3)))
-            found[start + at : start + at + len(block)] = apart / np.minimum(_contrast(a), _contrast(b))
+            apart = np.sqrt(np.square(a - b).mean(axis=(1, 2, 3))) / np.minimum(_contrast(a), _contrast(b))
+            two_scenes = (apart > SURELY) & (_correlation(_details(a), _details(b)) < LEAST_CORRELATION)
+            found[start + at : start + at + len(block)] = np.where(two_scenes, np.inf, apart)
         report("compare", end, len(pairs), {})
     return found
 
@@ -155,6 +159,20 @@ def _contrast(pixels: Reals) -> Reals:
     """(B,) standard deviation over an image, averaged over its channels, in gray levels."""
     spread: Reals = pixels.reshape(len(pixels), -1, pixels.shape[3]).std(axis=1).mean(axis=1)
     return np.maximum(spread, np.float32(LEAST_CONTRAST))
+
+
+def _details(pixels: Reals) -> Reals:
+    """(B, 32, 32, 3) without the mean of each square of DETAIL_PX."""
+    count, side = len(pixels), LOOK.size_px // DETAIL_PX
+    squares = pixels.reshape(count, side, DETAIL_PX, side, DETAIL_PX, LOOK.channels)
+    details: Reals = (squares - squares.mean(axis=(2, 4), keepdims=True)).reshape(count, -1)
+    return details
+
+
+def _correlation(a: Reals, b: Reals) -> Reals:
+    """(B,) of (B, D) details, whose mean is 0; 0 where there are none."""
+    products: Reals = (a * b).sum(axis=1) / np.sqrt(np.maximum(np.square(a).sum(axis=1) * np.square(b).sum(axis=1), 1.0))
+    return products
 
 
 def _usual_distance(album: Album, good: Indices) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engines import store
 from engines.checking import likeness, scan
@@ -256,6 +257,15 @@ def test_lists_and_tables_are_checked_alike(photos: Path, encoded: Encoded, tmp_
     assert np.array_equal(of_list.relations, of_table.relations)
     assert of_list.names[0] == "train/ant/0.png"
     assert of_table.names[0] == "row 0 of train-00000-of-00001.parquet"
+
+
+def test_the_same_light_and_shade_over_different_details_is_no_copy(photos: Path, picture: Callable[..., Image.Image]) -> None:
+    shade = np.where(np.arange(48)[:, None, None] < 24, 200.0, 50.0)
+    for k, number in enumerate((900, 901)):
+        pixels = shade + (np.asarray(picture(number)).astype(np.float64) - 128) * 0.2
+        for form in ("png", "jpg"):
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(photos / "train" / "ant" / f"shade{k}.{form}")
+    assert pairs(check(recipe(), photos)) == {("repeat", f"train/ant/shade{k}.jpg", f"train/ant/shade{k}.png") for k in (0, 1)}
 
 
 def test_digits_of_eight_pixels_are_not_taken_for_copies_of_one_another() -> None:

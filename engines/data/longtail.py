@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from engines.data.images import ImageSet, Indices
 from engines.data.sources import load
+from engines.data.splits import by_class
 from engines.errors import DataError, UsageError
 from engines.recipe import DataSection
 
@@ -155,8 +156,7 @@ def kept_indices(labels: Indices, counts: Indices, seed: int) -> Indices:
     """
     rng = np.random.RandomState(seed)
     kept: list[Indices] = []
-    for label, count in enumerate(counts):
-        members = np.flatnonzero(labels == label)
+    for members, count in zip(by_class(labels, len(counts)), counts, strict=True):
         rng.shuffle(members)
         kept.append(members[:count])
     return np.concatenate(kept)

@@ -175,9 +175,9 @@ def quarantined(census: Census, data: DataSection) -> tuple[Mask, quarantine.Qua
     """
     assert census.pool is not None
     sets = [images for images in (census.pool, census.test) if images is not None]
-    names = [name for images in sets for name in quarantine.image_names(images, census.path)]
     if not data.quarantine:
-        return np.zeros(len(names), dtype=bool), None
+        return np.zeros(sum(map(len, sets)), dtype=bool), None
+    names = [name for images in sets for name in quarantine.image_names(images, census.path)]
     listed = quarantine.read(Path(data.quarantine))
     out = np.array([name in listed.left_out for name in names], dtype=bool)
     watched, start = [], 0

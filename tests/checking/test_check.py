@@ -15,6 +15,7 @@ from PIL import Image
 from engines import store
 from engines.checking import likeness, scan
 from engines.checking.check import Checked, check
+from engines.checking.page import render
 from engines.data.longtail import prepare
 from engines.data.sources import load as load_images
 from engines.errors import DataError
@@ -226,6 +227,16 @@ def test_one_class_and_classes_named_alike_are_told(photos: Path) -> None:
     assert faults(check(recipe(), photos))["one class"] == "error"
     shutil.copytree(photos / "train" / "ant", photos / "train" / "Ant_")
     assert faults(check(recipe(), photos))["names alike"] == "warning"
+
+
+def test_a_data_set_of_nothing_but_bad_images_is_told(photos: Path) -> None:
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"no image")
+    found = check(recipe(), photos)
+    assert (len(found.scan.bad), len(found.pairs), found.sizes(), found.smaller()) == (24, 0, {}, 0)
+    assert faults(found)["no training image"] == "error"
+    assert "Images that cannot be read" in render(found)
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_a_class_too_small_to_hold_images_out_of_is_told_and_looked_at(photos: Path) -> None:

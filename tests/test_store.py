@@ -508,3 +508,13 @@ with store.locked(Path(sys.argv[1])):
     for _ in range(2):
         with store.locked(tmp_path):
             pass
+
+
+def test_who_holds_a_folder_is_told_without_taking_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.holder(tmp_path) is None
+    with store.locked(tmp_path):
+        found = store.holder(tmp_path)
+        assert found and found.pid in (os.getpid(), None)
+        monkeypatch.setattr(store, "LOCKS", tmp_path / "no such table")  # as on systems that have none
+        assert store.holder(tmp_path) == store.Holder(None, "")
+    assert store.holder(tmp_path) is None

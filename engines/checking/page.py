@@ -121,7 +121,7 @@ def _pairs(found: Checked, relation: Relation) -> str:
         row(f"<bdi>{text(found.names[a])}</bdi>", [f"<bdi>{text(found.names[b])}</bdi>", "same file" if exact else f"{distance:.2f}"])
         for (a, b), _, exact, distance in pairs
     ]
-    near = f" Nearly equal is what is at most {found.pairs.limit:.2f} apart, as a share of the contrast at 32 px"
+    near = f" Nearly equal is what is at most {found.pairs.limit:.2f} apart, as a share of the contrast at 32 px, and agrees in detail"
     usual = f"; the nearest of two different images are usually {found.pairs.usual:.2f} apart here." if found.pairs.usual else "."
     told = f"{plural(count, 'pair')}, {MEANINGS[relation]}. {WORDS[relation]}"
     more = f" {count - len(rows):,} more are counted, not listed." if count > len(rows) else ""

@@ -36,7 +36,7 @@ MAX_SCANS = 100  # of a JPEG file; encoders write 1 to 20, and each decodes the 
 LARGE_PX = 1 << 22  # images of more are decoded one at a time
 BAND_PX = 1 << 18  # of an image of more, this much is converted at a time
 MAX_FILE_BYTES = 1 << 27
-REMEDY = "mend or remove it, or leave such images out: --set data.on_bad_image=skip"
+REMEDY = "mend or remove it, or leave such images out: --set data.on_bad_image=skip; diffrc data check finds them all"
 
 TURNS = {  # by EXIF orientation: what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -59,6 +59,7 @@ def spoil(photos: Path, encoded: Encoded) -> set[str]:
     (train / "figure.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     (train / "dangling.png").symlink_to(photos / "nowhere")
     (train / "loop.png").symlink_to(train / "loop.png")
+    (train / "folder.png").mkdir()
     os.mkfifo(train / "pipe.png")
     (photos / "test" / "ant" / f"{'n' * 200}.png").write_bytes(whole[:20])
     Path(os.fsdecode(os.fsencode(train) + b"/\xff.png")).write_bytes(whole[:99])

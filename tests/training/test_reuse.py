@@ -50,6 +50,7 @@ def digest(settings: Recipe, stage: str) -> str:
         ("guide.tau=0.1", {"guide"}),
         ("data.path=/elsewhere", set()),
         ("data.on_bad_image=skip", set()),
+        ("data.quarantine=list.json", set()),
         ("synth.steps=7", set()),
         ("recognizer.lr=0.2", set()),
     ],

@@ -120,6 +120,7 @@ def test_a_study_goes_by_operations_and_by_what_is_missing(
     call_in_empty: Call, tmp_path: Path, tiny_settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study_forecast, "seconds_per_operation", lambda *_: 1e-9)
+    monkeypatch.setattr("engines.training.cost._counted", lambda _: (1e6, 3e6, 2e6, 1e6))  # counting takes seconds, and has its own tests
     words = ["study", "controls", "--recipe", "digits-lt", "--seeds", "2", "--dry-run"]
     words += [word for item in tiny_settings for word in ("--set", item)]
     found = json.loads(call_in_empty(*words, "--json").out)
@@ -128,7 +129,6 @@ def test_a_study_goes_by_operations_and_by_what_is_missing(
     assert found["recognizers_seconds"] == 0.5 * 4 * found["recognizers"] / 2 or found["recognizers"] < 2
     one = json.loads(call_in_empty(*words, "--json", "--seeds", "1").out)
     assert found["operations_left"] == pytest.approx(2 * one["operations_left"])
-    assert "in all: about" in call_in_empty(*words).out
     assert list(tmp_path.iterdir()) == []
 
 

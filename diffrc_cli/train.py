@@ -174,15 +174,17 @@ def show_forecast(recipe: Recipe, path: Path, tail: LongTail, device: torch.devi
         ],
     )
     memory = max((s.memory_bytes or 0 for s in stages), default=0)
-    needs = f"; {console.size(memory)} of memory" if memory else ""
     disk = f"{console.size(found.disk_bytes)} of disk, {console.size(found.free_bytes)} are free"
-    console.prose(f"in all: {console.duration(found.seconds_left)} on this {device.type}; {disk}{needs}")
+    console.prose(f"in all: {console.duration(found.seconds_left)} on this {device.type}; {disk}")
+    if memory:
+        console.say(f"memory: {console.size(memory)} while the steps were measured")
     if after:
         parts, evaluated = after
         made = sum(part.missing for part in parts)
-        seconds, mib = sum(part.seconds_left for part in parts), console.size(sum(part.disk_bytes for part in parts))
-        console.prose(f"then: {made:,} images by {parts[0].engine}, about {console.duration(seconds)} and {mib}, after an export to ONNX")
-        console.prose(f"then: {dry_run.evaluation_sentence(evaluated)}: about {console.duration(evaluated.seconds_left)}")
+        seconds, disk = sum(part.seconds_left for part in parts), console.size(sum(part.disk_bytes for part in parts))
+        console.say(f"then: {made:,} images by {parts[0].engine}, about {console.duration(seconds)}, {disk}")
+        left = evaluated.recognizers - evaluated.kept
+        console.say(f"then: {left:,} recognizers, {evaluated.steps:,} steps, about {console.duration(evaluated.seconds_left)}")
     console.note("nothing was written; the same command without --dry-run does it")
 
 

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from engines.diffusion.respacing import spaced_timesteps
 from engines.errors import UsageError
 
+MISTAKES_TOLD, MISTAKE_CHARACTERS = 40, 400  # of a file that is no recipe there is no end of them
 MAX_RECIPE_BYTES = 1 << 20
 
 Count = Annotated[int, Field(ge=1, lt=10**9)]
@@ -469,7 +470,9 @@ def validate(table: Mapping[str, Any], origin: str = "recipe", mistakes: Sequenc
     except ValidationError as error:
         found += sorted({_mistake(dict(e)) for e in error.errors(include_url=False)})
     count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
-    raise UsageError(f"{count} in {origin}: " + "; ".join(found), "diffrc recipe show NAME lists every key and its value")
+    told = "; ".join(mistake[:MISTAKE_CHARACTERS] for mistake in found[:MISTAKES_TOLD])
+    more = f"; and {len(found) - MISTAKES_TOLD:,} more" if len(found) > MISTAKES_TOLD else ""
+    raise UsageError(f"{count} in {origin}: {told}{more}", "diffrc recipe show NAME lists every key and its value")
 
 
 def digest(section: BaseModel | Mapping[str, Any]) -> str:

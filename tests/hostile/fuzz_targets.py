@@ -68,7 +68,7 @@ def run(target: Target, data: bytes, folder: Path) -> bool:
         target.read(data, folder)
     except DiffRCError as error:
         assert error.problem and error.remedy, "a failure has a cause and a remedy"
-        assert len(error.problem) < 4000, "one line of cause is no page"
+        assert len(error.problem) < 20_000, "one line of cause is no page"
         return False
     return True
 

@@ -26,10 +26,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from engines import recipe as recipes
 from engines.data import archives, decode, lists
 from engines.data.decode import BadImage, Frame
 from engines.data.sources import load
-from engines.errors import DataError, DiffRCError
+from engines.errors import DataError, DiffRCError, UsageError
 from engines.recipe import DataSection
 
 REFUSED_MIB, TAKEN_MIB = 64, 420  # beyond what the process had
@@ -364,6 +365,17 @@ def test_a_long_line_of_a_list_costs_its_length(tmp_path: Path) -> None:
         with pytest.raises(DataError) if name != "a.txt" else contextlib.nullcontext():
             lists.read_list(tmp_path / name, "train")
         assert time.process_time() - began < 2
+
+
+def test_a_path_longer_than_any_and_a_recipe_of_a_thousand_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "l.txt").write_text(f"{'a' * 5000}.png 0\n{'b' * 5000}.png 1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="the images of the list are not there") as failure:
+        load(DataSection(source="list", test_per_class=0), tmp_path / "l.txt")
+    assert len(failure.value.problem) < 1000
+    with pytest.raises(UsageError, match="1001 mistakes") as refusal:
+        recipes.load('name = "/"\n' + "".join(f"key_{k} = 1\n" for k in range(1000)))
+    assert len(refusal.value.problem) < 20_000
+    assert refusal.value.problem.endswith("and 961 more")
 
 
 def test_the_limits_are_those_that_are_promised() -> None:

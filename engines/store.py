@@ -363,7 +363,14 @@ def newest_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
         try:
             state = json.loads((path / "state.json").read_bytes())
             return int(state.pop("step")), state
-        except (OSError, KeyError, TypeError, AttributeError, ValueError):  # damaged: `load_checkpoint` passes over it as well, and says so
+        except (
+            OSError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RecursionError,
+        ):  # damaged: `load_checkpoint` passes over it as well, and says so
             continue
     return None
 
@@ -384,7 +391,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             state = json.loads(data.pop("state.json"))
             groups = {Path(name).stem: tensors_from_bytes(raw) for name, raw in data.items()}
             return Checkpoint(int(state.pop("step")), groups, state, tuple(skipped), path)
-        except (DataError, OSError, KeyError, TypeError, AttributeError, ValueError, safetensors.SafetensorError):
+        except (DataError, OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, safetensors.SafetensorError):
             skipped.append(path.name)
     if skipped:
         raise DataError(f"every checkpoint in {folder} is damaged ({', '.join(skipped)})", f"remove {folder} to train this stage again")

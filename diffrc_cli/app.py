@@ -48,14 +48,15 @@ EVERYWHERE = {
     "--events": "events",
     "--debug": "debug",
 }
-INTERNAL_ERROR, USAGE_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+INTERNAL_ERROR, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGINT raises KeyboardInterrupt by itself
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # `main` says what failed; a traceback only with --debug
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 internal error, 2 usage or recipe, 3 data, 4 engine or device, 5 folder in use or another run in it, "
-    "6 numbers disagree, 7 not finite, 8 disk, 9 fewer images than asked, 130/143 interrupted (the same command continues).",
+    "6 numbers disagree, 7 not finite, 8 disk, 9 fewer images than asked, 130/138/143 interrupted (the same command continues).",
 )
 FRAMES = app.rich_markup_mode
 
@@ -132,15 +133,15 @@ def _run(words: list[str], manner: set[str]) -> int:
     try:
         if {"quiet", "verbose"} <= manner:
             raise UsageError("--quiet and --verbose are opposites", "one of them")
-        with _sigterm_unwinds():
+        with _signals_unwind():
             code = app(args=words, prog_name="diffrc", standalone_mode=False)
-    except _Terminated:
-        code = TERMINATED
+    except _Terminated as end:
+        code = 128 + end.signal_number
     except Exception as failure:
         if "debug" in manner:
             traceback.print_exc()
         return _tell(failure)
-    if code in (INTERRUPTED, TERMINATED):
+    if code in (INTERRUPTED, *(128 + number for number in ENDING_SIGNALS)):
         console.error("interrupted", "the same command again; training and synthesis continue where they were", code)
     return code if isinstance(code, int) else 0
 
@@ -152,24 +153,31 @@ def _fit_help(narrow_width: int) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM between the jobs that commit before they stop. No `except Exception` on its way swallows it."""
+    """A signal between the jobs that commit before they stop. No `except Exception` on its way swallows it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 @contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM end the command as an exception does, so that temporary files go; by default the process just dies."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+def _signals_unwind() -> Iterator[None]:
+    """Let a signal end the command as an exception does, so that temporary files go; by default the process just dies."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def handler(_number: int, _frame: object) -> NoReturn:
-        raise _Terminated
+    def handler(number: int, _frame: object) -> NoReturn:
+        raise _Terminated(number)
 
-    signal.signal(signal.SIGTERM, handler)
+    ours = [number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _tell(failure: Exception) -> int:

@@ -101,8 +101,8 @@ def cut_down(words: list[str]) -> list[str]:
     if words[1] == "study":
         return [*words, "--seeds", "1", *(word for item in TINY for word in ("--set", item))]
     settings = [*TINY, "data.groups=ranks", "data.group_sizes=[1, 1, 1]"] if "photos" in words else list(TINY)
-    trains = words[1] in ("train", "run")
-    return [*words, *(word for item in settings for word in ("--set", item) if trains)]
+    reads_images = words[1] in ("train", "run") or words[1:3] == ["data", "check"]
+    return [*words, *(word for item in settings for word in ("--set", item) if reads_images)]
 
 
 OF_DIFFRC = [command for command in COMMANDS if command.line.startswith("diffrc ")]

@@ -138,13 +138,16 @@ def test_an_interrupt_is_128_plus_its_signal(monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().err.count("error:") == 2
 
 
-def test_sigterm_between_jobs_unwinds_to_two_lines_and_143(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_between_jobs_unwinds_to_two_lines_and_its_code(
+    number: signal.Signals, exit_code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     app = typer.Typer(pretty_exceptions_enable=False)
     cleaned = []
 
     def command() -> None:
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         except Exception as failure:  # as an exporter does, that wraps whatever failed
             raise ValueError from failure
         finally:
@@ -154,9 +157,9 @@ def test_sigterm_between_jobs_unwinds_to_two_lines_and_143(monkeypatch: pytest.M
     app.command("other")(lambda: None)
     monkeypatch.setattr(application, "app", app)
     code, _, err = called(["fail"], capsys)
-    assert (code, cleaned) == (143, [True])
+    assert (code, cleaned) == (exit_code, [True])
     assert err.startswith("error: interrupted\ntry:   the same command again")
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_an_unforeseen_failure_is_one_line_and_a_traceback_only_with_debug(

@@ -18,8 +18,12 @@ SHOWN = 20  # disagreements in the terminal; --json has all of them
 NAMED = 3  # in the last line
 
 FolderArgument = Annotated[
-    Path,
-    typer.Argument(metavar="DIR", help="A run folder, its synth folder, a class's in it, or any folder of its images.", show_default=False),
+    Path | None,
+    typer.Argument(
+        metavar="[DIR]",
+        help="A run folder, its synth folder, a class's in it, or any folder of its images. Default: the latest run in ./runs.",
+        show_default=False,
+    ),
 ]
 SampleOption = Annotated[
     int | None,
@@ -40,7 +44,7 @@ RunOption = Annotated[
 
 
 def verify(
-    folder: FolderArgument,
+    folder: FolderArgument = None,
     sample: SampleOption = None,
     everything: AllOption = False,
     seed: SeedOption = None,
@@ -57,13 +61,15 @@ def verify(
     import secrets
     import sys
 
+    from engines import store
     from engines.synthesis import verify as verification
 
     if everything and sample is not None:
-        raise UsageError("--all and --sample exclude each other", "diffrc verify DIR --all, or --sample N")
+        raise UsageError("--all and --sample exclude each other", "diffrc verify --all, or --sample N")
     drawn_by = secrets.randbelow(2**31) if seed is None else seed
+    where = folder or store.open_run(run).path
     with console.progress() as report:
-        results = verification.verify(folder, run, sys.maxsize if everything else sample, drawn_by, engine, report)
+        results = verification.verify(where, run, sys.maxsize if everything else sample, drawn_by, engine, report)
     if json:
         console.emit_json([found.to_json() for found in results])
     else:

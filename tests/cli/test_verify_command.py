@@ -36,6 +36,16 @@ def test_images_are_made_again_bit_for_bit_and_the_seed_of_the_sample_is_told(ca
     assert part["why_close"] == "made with onnx fp32, remade with torch fp32"
 
 
+def test_without_a_folder_the_latest_run_is_verified(call: Call) -> None:
+    assert call(*SYNTH).code == 0
+    store.write_json(Path("runs/latest.json"), {"run": "digits-lt"})
+    done = call("verify", "--sample", "0")
+    assert done.code == 0, done.err
+    assert done.out.startswith("runs/digits-lt/synth: 3 images of plan ")
+    Path("runs/latest.json").unlink()
+    assert "error: there is no run in ./runs" in call("verify").err
+
+
 def test_what_disagrees_is_named_and_the_code_is_6(call: Call) -> None:
     assert call(*SYNTH).code == 0
     path = RUN / "synth/nine-0009/000001.png"

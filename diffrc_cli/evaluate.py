@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffrc_cli import console, dry_run
-from diffrc_cli.options import DataOption, DryRunOption, JsonOption, RunOption, SetOption
+from diffrc_cli.options import DataOption, DryRunOption, JsonOption, RunOption, SetOption, of_run
 
 if TYPE_CHECKING:
     from engines.evaluation.accuracy import Row, Table
@@ -64,6 +64,7 @@ def evaluate(
     show_trust(found.trust)
     console.prose(verdict(found.table))
     console.say(f"kept in: {folder.evaluation / 'accuracy.json'}")
+    console.say(f"next: diffrc report{of_run(folder.path)}")
 
 
 def _forecast(run: RunFolder, json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from diffrc_cli import console, dry_run
-from diffrc_cli.options import DryRunOption, EngineDeviceOption, ForceOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.options import DryRunOption, EngineDeviceOption, ForceOption, JsonOption, PrecisionOption, RunOption, SetOption, of_run
 from engines.errors import EngineError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def export(
     if failed:  # an engine whose numbers are wrong is worse news than one that cannot be made
         raise max(failed, key=lambda error: error.exit_code)
     if not json:
-        console.say("next: diffrc synth --fill, or diffrc synth --class NAME --n 50")
+        here = of_run(folder.path)
+        console.say(f"next: diffrc synth --fill{here}, or diffrc synth --class NAME --n 50{here}")
 
 
 def _forecast(run: RunFolder, model: Literal["target", "source"], builds: list[Build], json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -118,3 +119,13 @@ NewRunOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N; what is named must be there.")]
+
+
+def of_run(path: Path) -> str:
+    """What a `next:` line adds to a command, so that it takes this run: nothing where that is the latest one of ./runs."""
+    from engines.store import DEFAULT_ROOT, read_json
+
+    latest = DEFAULT_ROOT / "latest.json"
+    if path.parent == DEFAULT_ROOT and latest.is_file() and read_json(latest) == {"run": path.name}:
+        return ""
+    return f" --run {shlex.quote(str(path))}"

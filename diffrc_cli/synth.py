@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffrc_cli import console, dry_run
-from diffrc_cli.options import ClassOption, DataOption, DryRunOption, EngineDeviceOption, JsonOption, PrecisionOption, RunOption, SetOption
+from diffrc_cli.options import (
+    ClassOption,
+    DataOption,
+    DryRunOption,
+    EngineDeviceOption,
+    JsonOption,
+    PrecisionOption,
+    RunOption,
+    SetOption,
+    of_run,
+)
 from engines.errors import UsageError, YieldError
 
 if TYPE_CHECKING:
@@ -119,6 +129,8 @@ def synth(
             console.note(f"try:     {_fewer_copies(part.model)}")
     if short := [c for part in parts for c in part.classes if c.short]:
         raise _too_few(short)
+    if not json and out is None:  # evaluate reads the run's own images
+        console.say(f"next: diffrc evaluate{of_run(folder.path)}")
 
 
 def _forecast(run: RunFolder, wanted: dict[int, int], out: Path | None, json: bool) -> None:

@@ -75,6 +75,7 @@ def test_evaluate_prints_every_variant_and_a_verdict_and_keeps_the_table(
     synthesized: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = diffrc(capsys, "evaluate", "--run", str(synthesized.path))
+    assert out.splitlines()[-1] == f"next: diffrc report --run {synthesized.path}"
     for words in ("real + replay", "real + synthetic", "balanced softmax", "few", "std", "calibration error", "purity", "95 % intervals"):
         assert words in out
     for words in ("Can these images be trusted?", "Frechet distance", "KID", "recall", "taken for their class", "no FID"):

@@ -171,3 +171,10 @@ def test_export_says_what_it_measured_and_nothing_of_its_exporter(call: Call) ->
     told = json.loads(call("export", "--json").out)
     assert told["one_step_error"] <= told["tolerance"]
     assert Path(told["file"]).exists()
+
+
+def test_the_next_command_is_told_and_is_of_this_run_though_another_is_the_latest(call: Call) -> None:
+    ask = ("synth", "--class", "nine", "--n", "2", "--engine", "torch", "--set", "synth.steps=2")
+    assert call(*ask).out.splitlines()[-1] == "next: diffrc evaluate"
+    store.write_json(Path("runs/latest.json"), {"run": "another"})
+    assert call(*ask, "--run", "runs/digits-lt").out.splitlines()[-1] == "next: diffrc evaluate --run runs/digits-lt"

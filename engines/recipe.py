@@ -468,7 +468,7 @@ def validate(table: Mapping[str, Any], origin: str = "recipe", mistakes: Sequenc
         if not found:
             return recipe
     except ValidationError as error:
-        found += sorted({_mistake(dict(e)) for e in error.errors(include_url=False)})
+        found += sorted({part for e in error.errors(include_url=False) for part in _mistake(dict(e)).split("; ")})
     count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
     told = "; ".join(mistake[:MISTAKE_CHARACTERS] for mistake in found[:MISTAKES_TOLD])
     more = f"; and {len(found) - MISTAKES_TOLD:,} more" if len(found) > MISTAKES_TOLD else ""

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import filelock
 import safetensors
@@ -90,7 +90,7 @@ def read_object(path: Path, **kinds: type) -> dict[str, Any]:
     return found
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a JSON document is a number to reckon with: finite, and not of hundreds of digits."""
     return isinstance(value, int | float) and -1e300 < value < 1e300
 
@@ -471,12 +471,18 @@ class RunFolder:
             write_json(self.path / "classes.json", dict(table))
 
     def add_cost(self, what: str, seconds: float) -> None:
-        """Add wall-clock seconds to what this run has cost, by stage, in cost.json."""
-        path = self.path / "cost.json"
-        cost = read_object(path) if path.exists() else {}
-        if not is_number(cost.get(what, 0.0)):
-            raise DataError(f"{path} is damaged: {what!r} is no number", "remove the file; it counts the hours anew")
-        write_json(path, cost | {what: round(cost.get(what, 0.0) + seconds, 2)})
+        """Add wall-clock seconds to what this run has cost: a line of cost.jsonl, so that two commands at once both count."""
+        append_json(self.path / "cost.jsonl", {"what": what, "seconds": round(seconds, 2)})
+
+    def cost(self) -> dict[str, float]:
+        """Wall-clock seconds that this run has cost, by stage, in the order in which they first came. Raises DataError."""
+        path, total = self.path / "cost.jsonl", dict[str, float]()
+        for line in read_json_lines(path):
+            what, seconds = line.get("what"), line.get("seconds")
+            if not (isinstance(what, str) and is_number(seconds)):
+                raise DataError(f"{path} is damaged: a line has no stage or no seconds", "remove the file; it counts the hours anew")
+            total[what] = round(total.get(what, 0.0) + seconds, 2)
+        return total
 
 
 def create_run(path: Path, recipe: Recipe) -> RunFolder:

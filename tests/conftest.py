@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,20 @@ def _one_thread() -> None:
     """For a torch that a plugin imported before this file was read."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> None:
+    """No test, and no command that one calls here, opens a connection out of this machine or asks for the address of a name."""
+    here = ("127.0.0.1", "::1", "localhost", "", None, socket.gethostname())
+
+    def watch(event: str, values: tuple[Any, ...]) -> None:
+        if event == "socket.connect" and isinstance(values[1], tuple):
+            assert values[1][0] in here, f"a connection to {values[1][0]}"
+        elif event == "socket.getaddrinfo":
+            assert values[0] in here, f"the address of {values[0]}"
+
+    sys.addaudithook(watch)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -479,7 +479,7 @@ def test_costs_add_up_by_stage(tmp_path: Path) -> None:
     run = store.create_run(tmp_path, recipe())
     for what, seconds in (("train.source", 1.25), ("synth", 2.0), ("train.source", 0.5)):
         run.add_cost(what, seconds)
-    assert store.read_json(tmp_path / "cost.json") == {"train.source": 1.75, "synth": 2.0}
+    assert run.cost() == {"train.source": 1.75, "synth": 2.0}
 
 
 def test_a_folder_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import copy
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -66,21 +66,21 @@ def export_run(run: RunFolder, models: tuple[Model, ...] = (), report: Report = 
         ConflictError: another process exports this run.
         ParityError, NumericsError, EngineError, StorageError: see `export_onnx` and `export_plan`; what was published before stays.
     """
-    with store.locked(run.engines):
-        return _export_run(run, models, report, builds)
-
-
-def _export_run(run: RunFolder, models: tuple[Model, ...], report: Report, builds: Sequence[Build]) -> list[EngineCard]:
     from engines.training.stages import load_unet  # reads checkpoints, and brings the training with it
 
+    networks = {model: load_unet(run, model) for model in models or (run.recipe.synth.model,)}  # an untrained one, before a folder is made
+    with store.locked(run.engines):
+        return _export(run, networks, report, builds or builds_of_recipe(run.recipe))
+
+
+def _export(run: RunFolder, networks: Mapping[Model, UNet], report: Report, builds: Sequence[Build]) -> list[EngineCard]:
     recipe = run.recipe
     cards: list[EngineCard] = []
-    models, builds = models or (recipe.synth.model,), builds or builds_of_recipe(recipe)
     labeler: Callable[[], Labeler | None] = functools.cache(lambda: labeler_of(run))
-    for model in models:
-        unet, path = load_unet(run, model), onnx_path(run, model)
+    for model, unet in networks.items():
+        path = onnx_path(run, model)
         for build in builds:
-            report("export", len(cards), len(models) * len(builds), {})
+            report("export", len(cards), len(networks) * len(builds), {})
             choice.require(build, file_opset(recipe.export, build))
             for needed in (choice.source_of(build), build):  # what a plan is built from passes its own gate first
                 if needed is None:

@@ -88,5 +88,5 @@ def _too_few(names: Sequence[str], counts: Indices, per_class: int, remedy: str)
     others = int((counts <= per_class).sum()) - 1
     also = f" (and {others} more {'class has' if others == 1 else 'classes have'} {per_class} or fewer)" if others else ""
     held = f"{per_class} {'is' if per_class == 1 else 'are'} to be held out for testing and at least 1 must stay"
-    fewer = f", or hold out fewer: --set data.test_per_class={count - 1}" if count > 1 else ""
+    fewer = f", or hold out fewer: --set data.test_per_class={max(1, count // 4)}" if count > 1 else ""
     return DataError(f"class {names[smallest]!r} has {count} image{'s' * (count != 1)}{also}; {held}", remedy + fewer)

@@ -180,7 +180,7 @@ def look(path: Path | None = None) -> Status:
         locks=tuple(_locks(run)),
         disk_bytes=disk,
         free_bytes=store.free_bytes(run.path),
-        cost_seconds=_document(run.path / "cost.json"),
+        cost_seconds=run.cost(),
         next_command=next_command,
         why=why,
     )

@@ -149,13 +149,13 @@ class Share:
 
 def _make(lane: Path, recipe: Recipe, data: LongTail, device: torch.device, report: Report) -> None:
     run = store.create_run(lane, recipe)
-    before = _cost(lane)
+    before = _cost(run)
     train_run(run, data, device, report)
     if recipe.synth.engine != "torch":
         export_run(run, (recipe.synth.model,), report)
     summary = fill_run(run, data, report)
     wanted = fill_classes(run)
-    after = _cost(lane)
+    after = _cost(run)
     spent = {name: round(after.get(name, 0.0) - before.get(name, 0.0), 2) for name in _STAGES}
     store.write_json(
         lane / RECORDS / f"{images_digest(recipe)}.json",
@@ -169,9 +169,9 @@ def _make(lane: Path, recipe: Recipe, data: LongTail, device: torch.device, repo
     )
 
 
-def _cost(lane: Path) -> dict[str, float]:
+def _cost(run: store.RunFolder) -> dict[str, float]:
     """Seconds so far, the exports of all models in one."""
-    table: dict[str, float] = store.read_json(lane / "cost.json") if (lane / "cost.json").exists() else {}
+    table = run.cost()
     exports = sum(seconds for name, seconds in table.items() if name.startswith("export"))
     return {**table, "export": exports}
 

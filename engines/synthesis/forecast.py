@@ -97,9 +97,9 @@ def forecast(
         maker.check_classes(classes)
         here: Path | None = folder
         aside = False
-        if (folder / PLAN_FILE).exists() and _plan_of(folder) != maker.plan.id:
-            if not make_room:
-                plans.keep_plan(folder, maker.plan)  # raises: it is another one
+        if not make_room:
+            plans.check_plan(folder, maker.plan)
+        elif (folder / PLAN_FILE).exists() and _plan_of(folder) != maker.plan.id:
             here, aside = _kept_aside(run, folder, maker.plan), True
         found.append(forecast_part(maker, folder, here, classes, aside))
     report("measure", len(parts), len(parts), {})

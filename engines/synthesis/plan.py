@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Model = Literal["target", "source"]
 
-PLAN_FILE = "plan.json"
+PLAN_FILE, MANIFEST_FILE, GUIDANCE_FILE = "plan.json", "manifest.jsonl", "guidance.json"
 CPUINFO = Path("/proc/cpuinfo")
 # Of [synth]; all but the last two are named by what they stand for.
 _NOT_PIXELS = ("model", "engine", "precision", "device", "compile", "fused", "fill_to", "max_bad")
@@ -129,20 +129,34 @@ def keep_plan(folder: Path, plan: Plan) -> None:
         ConflictError: images of another plan lie there; the message names the keys that differ.
         DataError: a damaged plan.
     """
+    check_plan(folder, plan)
     stored, here = folder / PLAN_FILE, host(plan.identity.get("engine.device") == "cuda")
     document = {"plan": plan.id, "identity": dict(plan.identity), "versions": dict(plan.versions), "stages": dict(plan.stages)}
-    if not stored.exists():
+    before = read_plan(folder) if stored.exists() else {}
+    if before.get("plan") != plan.id:
         store.write_json(stored, document | {"hosts": [here]})
+        (folder / GUIDANCE_FILE).unlink(missing_ok=True)  # of batches that gave no image
         return
-    before = read_plan(folder)
-    if before["plan"] == plan.id:
-        hosts = before.get("hosts", ["unknown"])  # of a version that did not say
-        now = before | {"stages": document["stages"], "hosts": hosts if here in hosts else [*hosts, here]}
-        if now != before:  # the same weights, reached by another way; or another machine goes on
-            store.write_json(stored, now)
+    hosts = before.get("hosts", ["unknown"])  # of a version that did not say
+    now = before | {"stages": document["stages"], "hosts": hosts if here in hosts else [*hosts, here]}
+    if now != before:  # the same weights, reached by another way; or another machine goes on
+        store.write_json(stored, now)
+
+
+def check_plan(folder: Path, plan: Plan) -> None:
+    """Refuse a synthesis folder that holds images of another plan; one that was stopped before its first image may have a new plan.
+
+    Writes nothing. Raises as `keep_plan`.
+    """
+    if not (folder / PLAN_FILE).exists() or (before := read_plan(folder))["plan"] == plan.id or not _is_begun(folder):
         return
     told = told_differences(before["identity"], plan.identity)
     raise ConflictError(f"{folder} holds images of another plan ({told})", f"--out DIR puts these elsewhere; or remove {folder}")
+
+
+def _is_begun(folder: Path) -> bool:
+    manifest = folder / MANIFEST_FILE
+    return (manifest.exists() and manifest.stat().st_size > 0) or any(folder.glob("*/*.png"))
 
 
 def told_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

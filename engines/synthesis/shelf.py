@@ -21,7 +21,7 @@ from engines.diffusion.sampler import StepLog
 from engines.errors import ConflictError, DataError
 from engines.recipe import Recipe
 from engines.synthesis import select
-from engines.synthesis.plan import ImageId, Plan
+from engines.synthesis.plan import GUIDANCE_FILE, MANIFEST_FILE, ImageId, Plan
 from engines.synthesis.select import REASONS, UNMEASURED, Figures, Reason
 from engines.synthesis.sheet import MAX_PNG_BYTES, REJECTED, Record, decode_png, scan_class
 
@@ -145,13 +145,13 @@ class Shelf:
     def list_new(self) -> None:
         """Add the lines of the images that were committed since the last call to the manifest: one write for all of a batch."""
         if self.unlisted:
-            store.append_json_lines(self.folder / "manifest.jsonl", (record.line() for record in self.unlisted))
+            store.append_json_lines(self.folder / MANIFEST_FILE, (record.line() for record in self.unlisted))
             self.unlisted.clear()
 
     def write_manifest(self) -> None:
         """The manifest, from what the images say about themselves, by class and index."""
         lines = (self.images[k][i].line() for k in sorted(self.images) for i in sorted(self.images[k]))
-        store.write_json_lines(self.folder / "manifest.jsonl", lines)
+        store.write_json_lines(self.folder / MANIFEST_FILE, lines)
 
     def kept_indices(self, class_id: int) -> list[int]:
         """The images of a class that the selection kept, in order."""
@@ -243,13 +243,13 @@ class GuidanceLog:
     @classmethod
     def open(cls, folder: Path) -> GuidanceLog:
         """Continue what an earlier job wrote."""
-        if not (folder / "guidance.json").exists():
+        if not (folder / GUIDANCE_FILE).exists():
             return cls({}, 0)
         columns = ("t", "guidance_to_noise", "scale", "log_prob")
-        table = store.read_object(folder / "guidance.json", batches=int, **dict.fromkeys(columns, list))
+        table = store.read_object(folder / GUIDANCE_FILE, batches=int, **dict.fromkeys(columns, list))
         n, values = table["batches"], [table[column] for column in columns]
         if len(set(map(len, values))) != 1 or not all(map(store.is_number, (n, *itertools.chain(*values)))):
-            raise DataError(f"{folder / 'guidance.json'} is damaged: it is no table of figures", "remove the file; it is kept anew")
+            raise DataError(f"{folder / GUIDANCE_FILE} is damaged: it is no table of figures", "remove the file; it is kept anew")
         return cls({t: [n * figure for figure in figures] for t, *figures in zip(*values, strict=True)}, n)
 
     def add(self, steps: Sequence[StepLog]) -> None:
@@ -267,4 +267,4 @@ class GuidanceLog:
             order = sorted(self._sums, reverse=True)
             names = ("guidance_to_noise", "scale", "log_prob")
             columns = {name: [self._sums[t][i] / self._batches for t in order] for i, name in enumerate(names)}
-            store.write_json(folder / "guidance.json", {"batches": self._batches, "t": order, **columns})
+            store.write_json(folder / GUIDANCE_FILE, {"batches": self._batches, "t": order, **columns})

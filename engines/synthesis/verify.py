@@ -34,11 +34,10 @@ from engines.recipe import Recipe, SelectSection, SynthSection
 from engines.store import RunFolder
 from engines.synthesis import plan as plans
 from engines.synthesis.maker import Maker, open_maker
-from engines.synthesis.plan import PLAN_FILE, ImageId, MadeWith, Model
+from engines.synthesis.plan import MANIFEST_FILE, PLAN_FILE, ImageId, MadeWith, Model
 from engines.synthesis.sheet import MAX_PNG_BYTES, REJECTED, Record, decode_png, pixels_sha256
 from engines.synthesis.shelf import Records
 
-MANIFEST = "manifest.jsonl"
 SHEETS = ("sheet.png", "copies.png")  # pictures of a synthesis folder that are no images of the plan
 LEAST_SAMPLE, SAMPLED_SHARE = 16, 0.01  # images that are remade where no number is given
 CLOSE_VALUES, CLOSE_STEP = 0.999, 1  # across machines: so many of an image's values within so much of 255
@@ -283,7 +282,7 @@ class _Files:
         if not self.place.elsewhere:
             inside = "" if self.place.images == self.place.folder else f"{self._name(self.place.images)}/"
             missing = [name for name in lines if name.startswith(inside)]
-            self.disagreements += [Disagreement(name, f"has a line in {MANIFEST}, and no file") for name in missing]
+            self.disagreements += [Disagreement(name, f"has a line in {MANIFEST_FILE}, and no file") for name in missing]
 
     def sample(self, count: int, seed: int) -> list[ImageId]:
         """So many images, by class and index."""
@@ -330,19 +329,19 @@ class _Files:
 
     def _lines(self) -> dict[str, dict[str, Any]]:
         """The manifest by file. A line that cannot be read, or that is there twice, disagrees."""
-        path, found = self.place.folder / MANIFEST, dict[str, dict[str, Any]]()
+        path, found = self.place.folder / MANIFEST_FILE, dict[str, dict[str, Any]]()
         if not path.is_file():
-            self.disagreements.append(Disagreement(MANIFEST, "is not there"))
+            self.disagreements.append(Disagreement(MANIFEST_FILE, "is not there"))
             return found
         for number, text in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 line = json.loads(text)
                 name = str(line["file"])
             except (ValueError, KeyError, TypeError, RecursionError):
-                self.disagreements.append(Disagreement(MANIFEST, f"line {number} cannot be read"))
+                self.disagreements.append(Disagreement(MANIFEST_FILE, f"line {number} cannot be read"))
                 continue
             if name in found:
-                self.disagreements.append(Disagreement(MANIFEST, f"line {number} names {shorten(name)} again"))
+                self.disagreements.append(Disagreement(MANIFEST_FILE, f"line {number} names {shorten(name)} again"))
             found[name] = line
         return found
 
@@ -357,11 +356,11 @@ class _Files:
 def _held_to(record: Record, line: Mapping[str, Any] | None) -> str:
     """How a line of the manifest differs from what its image says, "" where it does not. Lines of older versions say less."""
     if line is None:
-        return f"has no line in {MANIFEST}"
+        return f"has no line in {MANIFEST_FILE}"
     expected = record.line()
     needed = ("class_id", "class", "index", "pixels_sha256")
     other = [key for key, value in expected.items() if (key in line or key in needed) and line.get(key) != value]
-    return f"its line in {MANIFEST} says otherwise: {', '.join(other)}" if other else ""
+    return f"its line in {MANIFEST_FILE} says otherwise: {', '.join(other)}" if other else ""
 
 
 def _versions(record: Record) -> dict[str, str]:

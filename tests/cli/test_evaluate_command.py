@@ -86,7 +86,7 @@ def test_evaluate_prints_every_variant_and_a_verdict_and_keeps_the_table(
     kept = json.loads((synthesized.evaluation / "accuracy.json").read_text())
     assert kept["verdict"] in out
     assert kept["synthetic_counts"][8:] == [3, 3]
-    assert store.read_json(synthesized.path / "cost.json")["evaluate"] > 0
+    assert synthesized.cost()["evaluate"] > 0
 
 
 def test_seeds_on_the_command_line_win_and_json_is_one_line(synthesized: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

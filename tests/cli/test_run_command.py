@@ -109,7 +109,7 @@ def test_it_goes_through_all_stages_and_writes_a_report(story: Story) -> None:
     largest = max(table["counts"])
     wanted = sum(largest - n for n, group in zip(table["counts"], table["groups"], strict=True) if group != "many")
     assert sum(name.endswith(".png") and name.count("/") == 2 for name in story.continued.files if name.startswith("synth/")) == wanted
-    assert set(store.read_json(story.folder / RUN / "cost.json")) >= {"train.source", "train.target", "train.guide", "synth", "evaluate"}
+    assert set(store.open_run(story.folder / RUN).cost()) >= {"train.source", "train.target", "train.guide", "synth", "evaluate"}
 
 
 def test_it_prints_the_table_a_verdict_and_where_the_report_lies(story: Story) -> None:

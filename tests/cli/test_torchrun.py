@@ -43,7 +43,7 @@ def test_two_processes_train_a_run_that_is_complete_and_is_told_of_once(tiny_set
     assert not load_unet(run).training
     assert not load_guide(run).training
     assert {path.name for path in (tmp_path / "here" / "tensorboard").iterdir()} == {"source", "target", "guide"}
-    assert set(store.read_json(tmp_path / "here" / "cost.json")) == {"train.source", "train.target", "train.guide"}
+    assert set(store.open_run(tmp_path / "here").cost()) == {"train.source", "train.target", "train.guide"}
     refused = torchrun(tmp_path, "train", "digits-lt", "--run", "here", *words, "--set", "source.batch_size=9")
     assert refused.returncode != 0
     told = [line for line in refused.stderr.splitlines() if line.startswith(("error:", "try:"))]

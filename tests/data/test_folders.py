@@ -90,7 +90,7 @@ def test_a_small_class_is_refused_with_the_number_that_fits(tmp_path: Path) -> N
     fill(tmp_path / "b", 4)
     with pytest.raises(DataError, match="class 'b' has 4 images; 5 are to be held out") as error:
         load(DATA.model_copy(update={"test_per_class": 5}), tmp_path)
-    assert "--set data.test_per_class=3" in error.value.remedy
+    assert "--set data.test_per_class=1" in error.value.remedy
 
 
 def test_nothing_held_out_is_an_empty_test_set(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Disk:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.bytes: dict[int, bytes] = {}  # by inode
+        self.held: dict[int, int] = {}  # inode to a descriptor: while one is open, nothing new gets the number of what is removed
         self.names: dict[int, dict[str, int]] = {}  # of a folder, by inode: what lies in it
         self.keep_all()
 
@@ -72,9 +73,19 @@ class Disk:
 
     def keep(self, path: Path) -> None:
         if path.is_dir():
-            self.names[path.stat().st_ino] = {inner.name: inner.stat().st_ino for inner in path.iterdir()}
+            here = self.names[self.inode(path)] = {inner.name: self.inode(inner) for inner in path.iterdir()}
+            for there in self.names.values():  # a folder has one name: it moves in one step of the journal, or not at all
+                for name, inner in list(there.items()):
+                    if there is not here and inner in here.values() and inner not in self.bytes:
+                        del there[name]
         else:
-            self.bytes[path.stat().st_ino] = path.read_bytes()
+            self.bytes[self.inode(path)] = path.read_bytes()
+
+    def inode(self, path: Path) -> int:
+        number = path.stat().st_ino
+        if number not in self.held:
+            self.held[number] = os.open(path, os.O_RDONLY)
+        return number
 
     def lay_out(self, place: Path, inode: int) -> None:
         place.mkdir()
@@ -161,6 +172,8 @@ def child(request: Mapping[str, Any]) -> int:
         main(request["words"])
     except SystemExit as end:
         return int(end.code or 0)
+    except KeyboardInterrupt:  # before the command's first line
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 RUN = Path("runs/digits-lt")
-OF_THIS_RUN = ("cost.json", "index.html", "guidance.json", ".lock")  # what things took, and the figures of batches drawn twice
+OF_THIS_RUN = ("cost.jsonl", "index.html", "guidance.json", ".lock")  # what things took, and the figures of batches drawn twice
 
 
 class Job(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 RUN = Path("runs/digits-lt")
-OF_THIS_RUN = ("cost.json", "guidance.json", "environment.json", "latest.json", ".lock")
+OF_THIS_RUN = ("cost.jsonl", "guidance.json", "environment.json", "latest.json", ".lock")
 NEVER = 10**9
 JOBS = {
     "train": ("train", "--run", str(RUN), "--set", "guide.train_steps=6"),

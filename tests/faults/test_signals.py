@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 RUN = Path("runs/digits-lt")
-OF_THIS_RUN = ("cost.json", "guidance.json", "environment.json", "latest.json", ".lock")
+OF_THIS_RUN = ("cost.jsonl", "guidance.json", "environment.json", "latest.json", ".lock")
 JOBS = {
     "train": ("tiny_run", ("train", "--run", str(RUN), "--set", "guide.train_steps=6")),
     "synth": ("tiny_run", ("synth", "--run", str(RUN), "--class", "nine", "--n", "20", "--engine", "torch")),

@@ -184,7 +184,7 @@ def test_no_weights_and_no_image_are_read_and_torch_is_not_imported(
 def test_damage_is_told_as_damage(made_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a run folder"):
         look(tmp_path)
-    for name, text in (("synth/plan.json", "[]"), ("cost.json", "{"), ("classes.json", "")):
+    for name, text in (("synth/plan.json", "[]"), ("cost.jsonl", "{\n"), ("classes.json", "")):
         (made_copy / name).write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match=name.partition("/")[2] or name):
             look(made_copy)

@@ -60,7 +60,7 @@ def spoiled(value: Any) -> Iterator[Any]:
 READERS: Mapping[str, tuple[Callable[[RunFolder], object], ...]] = {
     "runs/latest.json": (lambda run: store.open_run(None),),
     "runs/x/classes.json": (RunFolder.classes, lambda run: run.keep_classes(TABLE)),
-    "runs/x/cost.json": (lambda run: run.add_cost("source", 1.0),),
+    "runs/x/cost.jsonl": (RunFolder.cost,),
     "runs/x/synth/plan.json": (
         lambda run: read_plan(run.synth),
         lambda run: keep_plan(run.synth, PLAN),
@@ -85,7 +85,7 @@ def test_no_value_of_a_document_makes_a_reader_stumble(file: str, run: RunFolder
     for document in spoiled(json.loads(good)):
         text = json.dumps(document)
         for read in READERS[file]:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text + "\n", encoding="utf-8")
             seen += 1
             try:
                 read(run)

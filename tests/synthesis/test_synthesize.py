@@ -28,6 +28,7 @@ from engines.data.longtail import prepare
 from engines.errors import ConflictError, EngineError, Interrupted, NumericsError, UsageError
 from engines.interrupt import StopRequest
 from engines.synthesis import maker as makers
+from engines.synthesis import plan as plans
 from engines.synthesis import synthesize as synthesis
 from engines.synthesis.maker import Maker
 from engines.synthesis.plan import ImageId
@@ -124,6 +125,21 @@ def test_another_plan_in_the_same_folder_is_refused_and_changes_nothing(whole: P
     with pytest.raises(ConflictError, match=r"synth\.seed"):
         make_folder(whole, make_maker("synth.seed=9"), WANTED)
     assert images_of(whole) == before
+
+
+def test_a_job_that_was_stopped_before_its_first_image_leaves_its_folder_free_for_other_settings(
+    torch_maker: Maker, make_maker: Any, tmp_path: Path
+) -> None:
+    stop = StopRequest()
+    stop.signal_number = signal.SIGINT
+    with pytest.raises(Interrupted):
+        make_folder(tmp_path, torch_maker, WANTED, stop=stop)
+    other = make_maker("synth.seed=9")
+    assert plans.read_plan(tmp_path)["plan"] != other.plan.id
+    make_folder(tmp_path, other, {2: 1})
+    assert plans.read_plan(tmp_path)["plan"] == other.plan.id
+    with pytest.raises(ConflictError, match=r"synth\.seed"):
+        make_folder(tmp_path, torch_maker, {2: 1})
 
 
 def test_a_folder_in_use_is_refused(torch_maker: Maker, tmp_path: Path) -> None:

@@ -55,13 +55,13 @@ def test_a_run_folder_explains_itself(tiny_run: Path, data: LongTail) -> None:
         "recipe.toml",
         "classes.json",
         "environment.json",
-        "cost.json",
+        "cost.jsonl",
         "source",
         "target",
         "guide",
     }
     assert store.read_json(tiny_run / "classes.json") == data.table()
-    assert set(store.read_json(tiny_run / "cost.json")) == {"train.source", "train.target", "train.guide"}
+    assert {line["what"] for line in store.read_json_lines(tiny_run / "cost.jsonl")} == {"train.source", "train.target", "train.guide"}
     for stage in ("source", "target", "guide"):
         assert sorted(path.name for path in (tiny_run / stage).glob("step-*")) == ["step-000000002", "step-000000004"]
         assert [line["step"] for line in store.read_json_lines(tiny_run / stage / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -344,7 +344,7 @@ def test_a_loss_that_stays_not_finite_leaves_no_checkpoint_and_its_cost_is_count
     run = store.create_run(tmp_path / "run", read(tiny_run / "recipe.toml", ("source.max_nonfinite_steps=2", "source.save_every_steps=1")))
     with pytest.raises(NumericsError, match="source: 2 steps in a row were not finite"):
         train_run(run, data, CPU)
-    assert set(store.read_json(run.path / "cost.json")) == {"train.source"}
+    assert set(run.cost()) == {"train.source"}
 
 
 def test_a_full_disk_is_told_with_the_checkpoints_own_bytes(
@@ -442,7 +442,7 @@ def test_sigterm_commits_the_step_exits_143_and_the_same_command_continues(
     found = store.load_checkpoint(run / "source")
     assert found is not None
     assert found.step == len(store.read_json_lines(run / "source" / "metrics.jsonl"))
-    assert "train.source" in store.read_json(run / "cost.json")
+    assert "train.source" in store.open_run(run).cost()
     # As far as it came, it is the tiny run: the same recipe but for its length and constant learning rate.
     pairs = zip(store.read_json_lines(run / "source" / "metrics.jsonl"), metrics(tiny_run), strict=False)
     both = [(ours["loss"], theirs["loss"]) for ours, theirs in pairs]

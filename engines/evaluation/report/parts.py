@@ -95,7 +95,7 @@ def collect(run: RunFolder, tail: LongTail | None = None, embedded: Recipe | Non
         ],
         copies=copies,
         pairs=pairs.read_bytes() if pairs.exists() else b"",
-        cost=document(run.path / "cost.json"),
+        cost=run.cost(),
         environment=document(run.path / "environment.json"),
         plan=document(run.synth / "plan.json"),
         recipe_sha256=recipes.digest(run.recipe),

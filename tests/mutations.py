@@ -27,6 +27,7 @@ class Mutation(NamedTuple):
 
 
 POWER = "tests/faults/test_power_cut.py::test_what_a_command_has_written_when_it_ends_outlasts_a_power_cut"
+NAMES = "tests/test_store.py::test_the_name_of_a_checkpoint_and_that_of_a_new_file_of_lines_reach_the_disk"
 ORDER = "tests/test_store.py::test_bytes_reach_the_disk_before_they_get_their_name_and_the_name_before_the_call_ends"
 MUTATIONS = (
     Mutation(
@@ -50,7 +51,7 @@ MUTATIONS = (
         "def append_json_lines",
         "        if new:\n            _fsync_folder(path.parent)\n",
         "",
-        (f"{POWER}[train]",),
+        (NAMES,),
     ),
     Mutation(
         "the name of a new folder is not flushed",
@@ -85,7 +86,7 @@ MUTATIONS = (
         "def save_checkpoint",
         "        _fsync_folder(folder)\n",
         "",
-        (f"{POWER}[train]",),
+        (NAMES,),
     ),
     Mutation(
         "a checkpoint is written in its place, without a rename",

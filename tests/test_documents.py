@@ -1,4 +1,4 @@
-"""docs/agreement.md, docs/promises.md and CONTRIBUTING.md keep their word: the tests that they name are there, and all slow ones are named."""
+"""docs/agreement.md, docs/promises.md and CONTRIBUTING.md keep their word: the tests that they name are there, all slow ones are named."""
 
 from __future__ import annotations
 

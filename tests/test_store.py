@@ -214,6 +214,15 @@ def test_a_checkpoint_comes_back_and_the_last_two_are_kept(tmp_path: Path) -> No
     assert store.newest_state(tmp_path) == (5, {"note": "n"})
 
 
+def test_the_name_of_a_checkpoint_and_that_of_a_new_file_of_lines_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[Path, set[str]]] = []
+    monkeypatch.setattr(store, "_fsync_folder", lambda folder: flushed.append((folder, {path.name for path in folder.iterdir()})))
+    store.append_json(tmp_path / "metrics.jsonl", {"step": 1})
+    assert flushed == [(tmp_path, {"metrics.jsonl"})]
+    store.save_checkpoint(tmp_path / "stage", Checkpoint(1, {"model": {"w": torch.ones(2)}}, {}))
+    assert flushed[-1] == (tmp_path / "stage", {"step-000000001"})
+
+
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
@@ -224,15 +233,6 @@ def test_a_checkpoint_comes_back_and_the_last_two_are_kept(tmp_path: Path) -> No
         ({"w": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(1)}, r"c: \[1\] float32 there, none here"),
     ],
 )
-def test_the_name_of_a_checkpoint_and_that_of_a_new_file_of_lines_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed: list[tuple[Path, set[str]]] = []
-    monkeypatch.setattr(store, "_fsync_folder", lambda folder: flushed.append((folder, {path.name for path in folder.iterdir()})))
-    store.append_json(tmp_path / "metrics.jsonl", {"step": 1})
-    assert flushed == [(tmp_path, {"metrics.jsonl"})]
-    store.save_checkpoint(tmp_path / "stage", Checkpoint(1, {"model": {"w": torch.ones(2)}}, {}))
-    assert flushed[-1] == (tmp_path / "stage", {"step-000000001"})
-
-
 def test_tensors_that_do_not_fit_are_refused_with_file_and_tensor(tensors: dict[str, torch.Tensor], told: str, tmp_path: Path) -> None:
     like = {"w": torch.ones(2, 3), "b": torch.ones(2)}
     save_checkpoint(tmp_path, Checkpoint(1, {"ema": tensors}, {}))

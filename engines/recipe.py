@@ -433,7 +433,7 @@ def _recognizer_mistakes(recognizer: RecognizerSection, data: DataSection) -> li
     if recognizer.architecture in ("resnet50", "resnext50") and data.image_size_px < 64:
         mistakes.append(
             f'recognizer.architecture "{recognizer.architecture}" needs data.image_size_px 64 or more, not {data.image_size_px}: it halves '
-            'an image five times, and at 32 px its last stage would convolve single pixels; "resnet32" is made for these'
+            'an image five times, and at 32 px its last stage would convolve single pixels, and "resnet32" is made for these'
         )
     if recognizer.cutout_px >= data.image_size_px:
         mistakes.append(f"recognizer.cutout_px {recognizer.cutout_px} is not smaller than data.image_size_px {data.image_size_px}")

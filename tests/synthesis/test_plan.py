@@ -90,6 +90,7 @@ def test_a_step_in_one_graph_is_another_plan_and_without_one_it_is_the_plan_of_b
         plans.keep_plan(tmp_path / f"of{sha256}", plan_of(sha256))
         found = plans.made_with(tmp_path / f"of{sha256}")
         assert (found.build, found.guided_sha256) == ("torch fp32", sha256)
+    (tmp_path / "ofone" / "manifest.jsonl").write_text("{}\n")  # an image was made
     with pytest.raises(ConflictError, match=r"guided_step\.file_sha256 = one there, other now"):
         plans.keep_plan(tmp_path / "ofone", plan_of("other"))
 
@@ -98,6 +99,7 @@ def test_a_folder_keeps_its_plan_and_refuses_another_naming_what_differs(tmp_pat
     plans.keep_plan(tmp_path, make_maker().plan)
     before = (tmp_path / "plan.json").read_bytes()
     plans.keep_plan(tmp_path, make_maker().plan)
+    (tmp_path / "manifest.jsonl").write_text("{}\n")  # an image was made
     with pytest.raises(ConflictError, match=r"synth\.steps = 3 there, 9 now; synth\.seed = 0 there, 7 now") as failure:
         plans.keep_plan(tmp_path, make_maker("synth.steps=9", "synth.seed=7").plan)
     assert failure.value.exit_code == 5

@@ -36,6 +36,7 @@ MAX_SCANS = 100  # of a JPEG file; encoders write 1 to 20, and each decodes the 
 LARGE_PX = 1 << 22  # images of more are decoded one at a time
 BAND_PX = 1 << 18  # of an image of more, this much is converted at a time
 MAX_FILE_BYTES = 1 << 27
+MAX_TOLD = 1000  # characters of a path, which a list may make as long as it likes
 REMEDY = "mend or remove it, or leave such images out: --set data.on_bad_image=skip; diffrc data check finds them all"
 
 TURNS = {  # by EXIF orientation: what undoes it
@@ -144,18 +145,19 @@ def fit(image: Image.Image, frame: Frame) -> Pixels:
 
 def read_regular_file(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
     """A file's bytes; never hangs on a pipe or device. Raises BadImage where it is missing, no regular file, or too large."""
+    told = str(path)[:MAX_TOLD]
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not a file", f"{path} is not a regular file")
+                raise BadImage("not a file", f"{told} is not a regular file")
             if status.st_size > limit_bytes:
-                raise BadImage("not a file", f"{path} is larger than {limit_bytes >> 20} MiB")
+                raise BadImage("not a file", f"{told} is larger than {limit_bytes >> 20} MiB")
             return file.read(limit_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadImage("not a file", f"cannot read {path}: {reason}") from None
+        raise BadImage("not a file", f"cannot read {told}: {reason}") from None
 
 
 @contextmanager

@@ -111,7 +111,10 @@ class _Tables:
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         with self._lock:
             images = self._read_group(group)
-        content = images[row - self._groups[group].first_row].as_py()
+        at = row - self._groups[group].first_row
+        if at >= len(images):
+            _refuse(self.paths[self._groups[group].file], "a row group has fewer rows than the file says")
+        content = images[at].as_py()
         if content is None:
             raise BadImage("empty", f"{self.origin(row)} has no image bytes", "--set data.on_bad_image=skip leaves it out")
         assert isinstance(content, bytes)

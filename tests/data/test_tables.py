@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from engines.data import tables
 from engines.data.longtail import prepare
 from engines.data.sources import load
 from engines.errors import DataError
@@ -180,6 +181,15 @@ def test_damaged_pages_are_a_data_error(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError):
         load(DATA, tmp_path)[0].pixels(np.array([0]))
+
+
+def test_a_row_group_of_fewer_rows_than_the_file_says_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "train.parquet", list(range(20)), [0, 1] * 10)
+    whole = tables._Tables._images_of
+    monkeypatch.setattr(tables._Tables, "_images_of", lambda self, group: whole(self, group)[:3])
+    images, _ = load(DATA, tmp_path)
+    with pytest.raises(DataError, match="fewer rows than the file says"):
+        images.pixels(np.arange(len(images)))
 
 
 def test_a_test_class_that_training_lacks_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from engines import recipe as recipes
 from engines.data import archives, decode, lists
-from engines.data.decode import BadImage, Frame
+from engines.data.decode import BadImage, Frame, read_regular_file
 from engines.data.sources import load
 from engines.errors import DataError, DiffRCError, UsageError
 from engines.recipe import DataSection
@@ -372,6 +372,9 @@ def test_a_path_longer_than_any_and_a_recipe_of_a_thousand_mistakes_are_told_in_
     with pytest.raises(DataError, match="the images of the list are not there") as failure:
         load(DataSection(source="list", test_per_class=0), tmp_path / "l.txt")
     assert len(failure.value.problem) < 1000
+    with pytest.raises(BadImage, match="cannot read") as unread:
+        read_regular_file(tmp_path / ("x/" + " " * 50_000))
+    assert len(unread.value.problem) < 2000
     with pytest.raises(UsageError, match="1001 mistakes") as refusal:
         recipes.load('name = "/"\n' + "".join(f"key_{k} = 1\n" for k in range(1000)))
     assert len(refusal.value.problem) < 20_000

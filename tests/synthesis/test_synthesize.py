@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -574,35 +571,3 @@ def test_a_head_class_is_refused_unless_the_source_was_exported(run_copy: Path) 
     (tail, head) = synthesize(run, {9: 1, 0: 1})
     assert (head.model, head.folder.name) == ("source", "synth-source")
     assert (tail.model, tail.folder.name) == ("target", "synth")
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from engines import store
-from engines.synthesis.synthesize import synthesize
-synthesize(store.open_run(Path(sys.argv[1]), ("synth.steps=60",)), {8: 9, 9: 11})
-"""
-
-
-def test_kill_9_at_three_points_gives_the_same_images_and_no_temporary_files(run_copy: Path, tmp_path: Path) -> None:
-    folder = run_copy / "synth"
-    for point in (0, 5, 12):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(run_copy)], env={**os.environ, "PYTHONPATH": str(ROOT)})
-        try:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and process.poll() is None:
-                if (folder / "plan.json").exists() and len(list(folder.glob("*/*.png"))) >= point:
-                    break
-                time.sleep(0.002)
-            assert process.poll() is None, "it was to be killed while it worked"
-        finally:
-            process.kill()
-            assert process.wait() == -signal.SIGKILL
-        assert len(list(folder.glob("*/*.png"))) < 20
-    run = store.open_run(run_copy, ("synth.steps=60",))
-    synthesize(run, {8: 9, 9: 11})
-    synthesize(run, {8: 9, 9: 11}, out=tmp_path / "at once")
-    assert images_of(folder) == images_of(tmp_path / "at once")
-    assert not list(folder.rglob("*.tmp"))
-    assert len(read_images(folder)[0]) == 20

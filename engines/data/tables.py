@@ -204,12 +204,15 @@ class _Tables:
             _refuse(path, f"the column {self._image} holds {column.type}, not encoded images")
         return column
 
+    def _image_chunks(self, file: Any, group: int) -> list[Any]:
+        chunks = (file.metadata.row_group(group).column(leaf) for leaf in range(file.metadata.num_columns))
+        return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == self._image.split(".")[0]]
+
     def _bounded(self, path: Path, file: Any, group: int) -> pa.ChunkedArray:
         """The image column of a row group, unpacked batch by batch so that no table is read that unpacks to any size."""
         import pyarrow as pa
 
-        chunks = [file.metadata.row_group(group).column(leaf) for leaf in range(file.metadata.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == self._image.split(".")[0]]
+        chunks = _guarded(path, self._image_chunks, file, group)  # names that are no UTF-8 are found here
         packed, claimed = (sum(getattr(c, f"total_{kind}compressed_size") for c in chunks) for kind in ("", "un"))
         most = max(MAX_GROUP_BYTES, MOST_EXPANSION * packed)
         if not 0 <= claimed <= most:

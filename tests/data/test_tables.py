@@ -183,6 +183,15 @@ def test_damaged_pages_are_a_data_error(tmp_path: Path) -> None:
         load(DATA, tmp_path)[0].pixels(np.array([0]))
 
 
+def test_a_column_whose_name_is_damaged_in_a_row_group_is_a_data_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.parquet", list(range(20)), [0, 1] * 10)
+    content = path.read_bytes()
+    assert content.count(b"\x05bytes") > 1
+    path.write_bytes(content.replace(b"\x05bytes", b"\x05\xe9ytes"))
+    with pytest.raises(DataError):
+        load(DATA, tmp_path)[0].pixels(np.array([0]))
+
+
 def test_a_row_group_of_fewer_rows_than_the_file_says_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "train.parquet", list(range(20)), [0, 1] * 10)
     whole = tables._Tables._images_of

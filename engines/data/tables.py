@@ -161,7 +161,10 @@ class _Tables:
         own = sorted({word for known in words for word in known if word is not None})
         place = {name: label for label, name in enumerate(own)}
         parts = [np.array([place.get(word, -1) for word in known], dtype=np.int64) for known in words]
-        labels = [part[np.asarray(chunk.indices)] for part, chunk in zip(parts, chunks, strict=True)]
+        indices = [np.asarray(chunk.indices) for chunk in chunks]
+        if any(len(at) and at.max() >= len(part) for part, at in zip(parts, indices, strict=True)):
+            _refuse(self.paths[0], f"the column {self._label} has words that its dictionary lacks")
+        labels = [part[at] for part, at in zip(parts, indices, strict=True)]
         return np.concatenate([np.zeros(0, dtype=np.int64), *labels]), tuple(own)
 
     def _refuse_nulls(self, columns: Sequence[pa.ChunkedArray]) -> None:

@@ -99,6 +99,8 @@ class _Tables:
             for index in range(file.metadata.num_row_groups):
                 self._groups.append(_Group(number, index, self.rows))
                 self.rows += file.metadata.row_group(index).num_rows
+        if not self.rows:
+            _refuse(self.paths[0], "it has no rows")
         size_bytes = sum(path.stat().st_size for path in self.paths)
         if self.rows > size_bytes:  # an image takes dozens
             _refuse(self.paths[0], f"{self.rows:,} rows in {size_bytes:,} bytes are no rows of images")

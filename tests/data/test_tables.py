@@ -153,6 +153,12 @@ def test_missing_columns_are_told_with_those_that_are_there(tmp_path: Path) -> N
         load(DATA, tmp_path)
 
 
+def test_a_table_of_no_rows_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [], [], plain=True)
+    with pytest.raises(DataError, match="it has no rows"):
+        load(DATA, tmp_path)
+
+
 def test_images_that_are_no_bytes_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": ["a", "b"], "label": [0, 1]}), tmp_path / "train.parquet")
     pq.write_table(pa.table({"img": ["a", "b"], "label": [0, 1]}), tmp_path / "test.parquet")

@@ -24,6 +24,7 @@ from diffrc_cli.options import (
 from engines.errors import UsageError, YieldError
 
 if TYPE_CHECKING:
+    from engines.recipe import Recipe
     from engines.store import RunFolder
     from engines.synthesis.shelf import ClassYield
     from engines.synthesis.synthesize import Synthesis
@@ -111,7 +112,7 @@ def synth(
     folder = open_run(run, (*(overrides or ()), *_settings("synth", typed | where), *_settings("select", filters)))
     wanted = fill_classes(folder) if fill else asked_classes(folder, names or [], n or 0)
     if plan:
-        _forecast(folder, wanted, out, json)
+        _forecast(folder, wanted, out, data, json)
         return
     originals = _originals(folder, data)
     with console.progress() as report:
@@ -126,19 +127,20 @@ def synth(
         if len(part.copy_warnings) > SHOWN:
             console.note(f"and {len(part.copy_warnings) - SHOWN} more such warnings in {part.folder / 'copies.json'}")
         if part.copy_warnings:
-            console.note(f"try:     {_fewer_copies(part.model)}")
+            console.note(f"try:     {_fewer_copies(folder.recipe, part.model)}")
     if short := [c for part in parts for c in part.classes if c.short]:
         raise _too_few(short)
     if not json and out is None:  # evaluate reads the run's own images
         console.say(f"next: diffrc evaluate{of_run(folder.path)}")
 
 
-def _forecast(run: RunFolder, wanted: dict[int, int], out: Path | None, json: bool) -> None:
+def _forecast(run: RunFolder, wanted: dict[int, int], out: Path | None, data: Path | None, json: bool) -> None:
     """What would be made and what it would take."""
     from engines.synthesis.forecast import forecast
 
+    originals = None if run.recipe.synth.start == "noise" else _originals(run, data)
     with console.progress() as report:
-        parts = forecast(run, wanted, out, report)
+        parts = forecast(run, wanted, out, report, data=originals)
     totals = dry_run.synthesis(parts, parts[0].folder)
     if json:
         console.emit_json({"run": run.path, "parts": [dry_run.synthesis_json(part) for part in parts], **totals.to_json()})
@@ -190,7 +192,9 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _fewer_copies(model: str) -> str:
+def _fewer_copies(recipe: Recipe, model: str) -> str:
+    if recipe.synth.start != "noise":
+        return f"a synth.strength above {recipe.synth.strength:g}, with another --out DIR, keeps less of the images that these begin from"
     stops = ", or target.holdout_fraction=0.2 with target.patience=5" if model == "target" else ""
     return f"fewer {model}.train_steps{stops}; select.copy_ratio and select.copy_share say what is a copy, and how many are too many"
 

@@ -201,7 +201,7 @@ def _forecast_afterwards(
     run, parts = RunFolder(path, recipe), list[synthesis.PartForecast]()
     if complete:
         try:
-            parts = synthesis.forecast(run, fill_classes(run), report=report, make_room=True)
+            parts = synthesis.forecast(run, fill_classes(run), report=report, make_room=True, data=tail)
         except (UsageError, EngineError) as failure:  # not exported yet, most likely
             console.note(f"images are estimated with PyTorch: {failure.problem}")
     parts = parts or [synthesis.forecast_untrained(recipe, tail, device, run.synth)]

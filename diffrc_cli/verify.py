@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from diffrc_cli import console
-from diffrc_cli.options import JsonOption
+from diffrc_cli.options import DataOption, JsonOption
 from engines.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def verify(
     seed: SeedOption = None,
     engine: EngineOption = None,
     run: RunOption = None,
+    data: DataOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check every synthesized image (text, hash, place, manifest), make some of them again, and compare.
@@ -69,7 +70,7 @@ def verify(
     drawn_by = secrets.randbelow(2**31) if seed is None else seed
     where = folder or store.open_run(run).path
     with console.progress() as report:
-        results = verification.verify(where, run, sys.maxsize if everything else sample, drawn_by, engine, report)
+        results = verification.verify(where, run, sys.maxsize if everything else sample, drawn_by, engine, report, data)
     if json:
         console.emit_json([found.to_json() for found in results])
     else:

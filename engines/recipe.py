@@ -248,6 +248,8 @@ class SynthSection(Section):
     classifier_free_scale: NonNegative = 0.0  # w in (1 + w) eps(y) - w eps(); 0 = one evaluation a step
     fused: bool = True  # one graph a guided step where it is exported and passed its gate, else the network with torch's guide
     clip_denoised: bool = True
+    start: Literal["noise", "class", "head", "any"] = "noise"  # or a real training image, noised: of the class itself, a head class, any
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5  # share of diffusion.steps that such an image is noised by
     fill_to: CountOrZero = 0  # N_fill; 0 = the largest class
     max_bad: CountOrZero = 10  # images with values that are not finite, none of them written, before synthesis stops
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -367,7 +369,8 @@ class Recipe(Section):
     def _values_fit(self) -> Self:
         mistakes = [*_network_mistakes("unet", self.unet, self.data), *_network_mistakes("guide", self.guide, self.data)]
         try:
-            spaced_timesteps(self.diffusion.steps, self.synth.steps)
+            if not self.sampling_timesteps():
+                mistakes.append(f"synth.strength {self.synth.strength:g} leaves no step of synth.steps {self.synth.steps}")
         except ValueError as error:
             mistakes.append(f"synth.steps {self.synth.steps}: {error} (diffusion.steps)")
         if self.synth.scale_rule == "entropy" and self.synth.guidance_scale > self.synth.guidance_scale_max:
@@ -398,6 +401,11 @@ class Recipe(Section):
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+    def sampling_timesteps(self) -> list[int]:
+        """Training timesteps t at which synthesis evaluates the network, ascending: those of `synth.steps`, from noise or up to t0."""
+        spaced = spaced_timesteps(self.diffusion.steps, self.synth.steps)
+        return spaced if self.synth.start == "noise" else [t for t in spaced if t < self.synth.strength * self.diffusion.steps]
 
 
 def _network_mistakes(section: str, network: UNetSection | GuideSection, data: DataSection) -> list[str]:

@@ -24,7 +24,6 @@ from engines.benchmark.quality_picture import quality_png
 from engines.data.decode import Pixels
 from engines.data.longtail import LongTail
 from engines.data.names import find_class, shorten
-from engines.diffusion.respacing import spaced_timesteps
 from engines.errors import UsageError
 from engines.evaluation.cells import Cell
 from engines.evaluation.fidelity import (
@@ -232,7 +231,7 @@ def bench_quality(
             if stop.requested:
                 raise stop.error(f"{len(results)} of {len(every)} cells are measured and kept in {folder}")
             wanted = dict.fromkeys(classes, each)
-            cell = _cell(folder, RunFolder(run.path, recipe), judge, reference, wanted, workers or processors(), stop, tell_once)
+            cell = _cell(folder, RunFolder(run.path, recipe), longtail, judge, reference, wanted, workers or processors(), stop, tell_once)
             result = cell.stored()
             if result is None:
                 result = {"digest": cell.digest, **cell.make(_named_report(setting, report))}
@@ -263,7 +262,7 @@ def forecast_quality(
     found, wanted = [], dict.fromkeys(classes, each)
     for done, (setting, recipe) in enumerate(zip(settings, every, strict=True)):
         report("measure", done, len(every), {})
-        maker = open_maker(RunFolder(run.path, recipe), recipe.synth.model)
+        maker = open_maker(RunFolder(run.path, recipe), recipe.synth.model, data=longtail)
         place = _place(folder_of(run), maker)
         found.append((setting, forecast_part(maker, place, place, wanted, most_seconds=MEASURED_SECONDS / len(every))))
     report("measure", len(every), len(every), {})
@@ -346,6 +345,7 @@ def _recipe(run: RunFolder, setting: Setting) -> Recipe:
 def _cell(
     folder: Path,
     run: RunFolder,
+    longtail: LongTail,
     judge: Judge,
     reference: _Reference,
     wanted: Mapping[int, int],
@@ -357,7 +357,7 @@ def _cell(
     synth, name = run.recipe.synth, _name(run.recipe)
 
     def make(hear: Report) -> dict[str, Any]:
-        maker = open_maker(run, synth.model, tell=tell)
+        maker = open_maker(run, synth.model, tell=tell, data=longtail)
         place = _place(folder, maker)
         found = make_folder(place, maker, wanted, workers=workers, report=hear, stop=stop)
         timing = _timing(place, found.seconds, found.made)
@@ -415,7 +415,7 @@ def measure(judge: Judge, reference: _Reference, pixels: Pixels, labels: Labels)
 
 def evaluations(recipe: Recipe) -> int:
     """Of the network for one image: one a step, two where classifier-free guidance acts."""
-    visited = spaced_timesteps(recipe.diffusion.steps, recipe.synth.steps)
+    visited = recipe.sampling_timesteps()
     first, last = recipe.synth.guidance_interval
     twice = sum(first <= t <= last for t in visited) if recipe.synth.classifier_free_scale else 0
     return len(visited) + twice

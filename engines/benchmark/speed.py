@@ -22,7 +22,6 @@ from engines.benchmark import subject as subjects
 from engines.benchmark.peaks import Peak, operations_of
 from engines.benchmark.subject import Subject
 from engines.benchmark.worker import REFERENCE, Arm, Mode, Player, Process, working
-from engines.diffusion.respacing import spaced_timesteps
 from engines.errors import EngineError, UsageError
 from engines.networks import diffusers_folder
 from engines.networks.unet import parameter_count
@@ -161,7 +160,7 @@ def facts(subject: Subject) -> dict[str, Any]:
     unet, synth = subject.unet, subject.recipe.synth
     engine = TorchEngine(unet, subject.recipe.diffusion.steps, 1)
     x, t, y = example_input(engine.card, 1, 0)
-    steps = len(spaced_timesteps(subject.recipe.diffusion.steps, synth.steps))
+    steps = len(subject.recipe.sampling_timesteps())
     return {
         "name": subject.name,
         "weights": subject.weights,

@@ -215,11 +215,17 @@ def _making(balanced: Balanced) -> Iterator[str]:
         ["guide", f"weights sha256 `{identity.get('guide_sha256') or 'none'}`"],
         ["engine", f"{identity.get('engine.kind', '')} {identity.get('engine.precision', '')} on {device}"],
         ["sampler", f"{identity.get('synth.sampler', '')}, {identity.get('synth.steps', '')} steps"],
+        *([["begun from", _begun_from(identity)]] if "synth.start" in identity else []),
         ["guidance scale", identity.get("synth.guidance_scale", "")],
         ["versions", _text(", ".join(f"{name} {version}" for name, version in sorted(plan.get("versions", {}).items())))],
     ]
     yield _table(["what", ""], rows)
     yield from _selection(balanced)
+
+
+def _begun_from(identity: Mapping[str, Any]) -> str:
+    images = {"class": "its class", "head": "the head classes"}.get(str(identity["synth.start"]), "any class")
+    return f"a real training image of {images}, noised to {identity.get('synth.strength', '')} of the diffusion's steps"
 
 
 def _selection(balanced: Balanced) -> Iterator[str]:

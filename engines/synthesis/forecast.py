@@ -25,6 +25,7 @@ from engines.synthesis import plan as plans
 from engines.synthesis import select
 from engines.synthesis.maker import GivenUp, Maker, open_maker
 from engines.synthesis.plan import PLAN_FILE, ImageId, Model, Plan
+from engines.synthesis.real_start import real_starts
 from engines.synthesis.sheet import scan_class
 from engines.synthesis.synthesize import BYTES_PER_IMAGE, BYTES_PER_VALUE, is_ready
 
@@ -81,9 +82,17 @@ class PartForecast:
 
 
 def forecast(
-    run: RunFolder, wanted: Mapping[int, int], out: Path | None = None, report: Report = silent, make_room: bool = False
+    run: RunFolder,
+    wanted: Mapping[int, int],
+    out: Path | None = None,
+    report: Report = silent,
+    make_room: bool = False,
+    data: LongTail | None = None,
 ) -> list[PartForecast]:
     """What `synthesize` would do with the same arguments. The search for copies is not counted.
+
+    Args:
+        data: the run's, which `synth.start` may need.
 
     Raises as it does before it makes anything: UsageError, EngineError, ConflictError.
     """
@@ -93,7 +102,7 @@ def forecast(
         report("measure", done, len(parts), {})
         folder = plans.folder_of(run, model, out)
         plans.check_folder(folder)
-        maker = open_maker(run, model, plans.made_with(folder))
+        maker = open_maker(run, model, plans.made_with(folder), data=data)
         maker.check_classes(classes)
         here: Path | None = folder
         aside = False
@@ -115,7 +124,7 @@ def forecast_untrained(recipe: Recipe, data: LongTail, device: torch.device, fol
     guided = bool(recipe.synth.guidance_scale) or select.is_on(recipe.select)
     guide = new_guide(recipe, data.counts).eval().requires_grad_(False).to(device) if guided else None
     plan = Plan({"classes": list(data.names), "image": list(engine.card.shape)}, {})
-    maker = Maker(recipe, plan, recipe.synth.model, engine, guide, device)
+    maker = Maker(recipe, plan, recipe.synth.model, engine, guide, device, starts=real_starts(recipe, data))
     counts = plans.fill_counts(recipe, data.counts, data.groups)
     return forecast_part(maker, folder, None, {int(k): int(counts[k]) for k in np.flatnonzero(counts)})
 

@@ -27,10 +27,11 @@ from engines.backends.keys import RUNTIMES, check_card
 from engines.backends.torch_engine import TorchEngine, held_engine
 from engines.data.batches import to_pixels, to_tensor
 from engines.data.decode import Pixels
+from engines.data.longtail import LongTail
 from engines.diffusion.guidance import ClassGradient, class_gradient, classifier_free, prototype_guidance
 from engines.diffusion.noise import batch_noise, image_key
 from engines.diffusion.sampler import Denoiser, GuidedStep, StepLog, sample
-from engines.diffusion.schedule import Schedule, make_schedule, respace
+from engines.diffusion.schedule import Schedule, at_timesteps, make_schedule, q_sample
 from engines.errors import first_line
 from engines.networks.guide import Guide
 from engines.networks.unet import UNet
@@ -38,6 +39,7 @@ from engines.recipe import Recipe
 from engines.store import RunFolder
 from engines.synthesis import select
 from engines.synthesis.plan import ImageId, MadeWith, Model, Plan, make_plan
+from engines.synthesis.real_start import RealStarts, real_starts, require_same
 from engines.synthesis.stopwatch import Stopwatch
 from engines.training import reuse
 
@@ -68,6 +70,7 @@ class Maker:
     guide: Guide | None
     device: torch.device = CPU  # where x, the schedule and the guide are
     fused: FusedEngine | None = None  # makes guided steps whole, in place of the engine and torch's guide
+    starts: RealStarts | None = None  # None = noise alone
 
     @property
     def parallel(self) -> int:
@@ -102,7 +105,7 @@ class Maker:
             return sample(
                 timed(denoiser(self.engine, y, synth.classifier_free_scale)),
                 self.schedule,
-                lambda step: self._noise(keys, step),
+                lambda step: self._noise(keys, step) if step else self._beginning(rows, keys),
                 self._guidance(y, timed),
                 synth.sampler,
                 synth.eta,
@@ -131,7 +134,21 @@ class Maker:
     def schedule(self) -> Schedule:
         """The timesteps that the sampler visits; as many evaluations of the network (twice as many with classifier-free guidance)."""
         diffusion = self.recipe.diffusion
-        return respace(make_schedule(diffusion.noise_schedule, diffusion.steps), self.recipe.synth.steps).to(self.device)
+        return at_timesteps(make_schedule(diffusion.noise_schedule, diffusion.steps), self.recipe.sampling_timesteps()).to(self.device)
+
+    def start_of(self, image: ImageId) -> int | None:
+        """The training image from which one begins, by its place among them; None = noise alone."""
+        key = image_key(self.recipe.synth.seed, image.class_id, image.index)
+        return self.starts.of(image.class_id, key) if self.starts else None
+
+    def _beginning(self, images: Sequence[ImageId], keys: Sequence[int]) -> Tensor:
+        """x at the first step, (B, C, H, W): noise, or real images noised to the last timestep of the schedule."""
+        noise = self._noise(keys, 0)
+        if self.starts is None:
+            return noise
+        x0 = self.starts.tensor([self.starts.of(image.class_id, key) for image, key in zip(images, keys, strict=True)])
+        j = torch.full((len(images),), len(self.schedule) - 1, device=self.device)
+        return q_sample(self.schedule, x0.to(self.device), j, noise)
 
     def _noise(self, keys: Sequence[int], step: int) -> Tensor:
         """Drawn on the CPU whatever the device: a seed means the same image everywhere."""
@@ -167,18 +184,27 @@ class Maker:
         return timed(self.fused.bind(self.schedule, y, synth.eta, synth.guidance_scale, synth.guidance_scale_max))
 
 
-def open_maker(run: RunFolder, model: Model, made_with: MadeWith = NOTHING_YET, tell: Callable[[str], None] = lambda _: None) -> Maker:
+def open_maker(
+    run: RunFolder,
+    model: Model,
+    made_with: MadeWith = NOTHING_YET,
+    tell: Callable[[str], None] = lambda _: None,
+    data: LongTail | None = None,
+) -> Maker:
     """The networks of a run, ready to draw.
 
     Args:
         made_with: what made the images that are to be continued, if any; it makes the others too where it can.
         tell: hears which engine was chosen and why, where there was a choice; and which way guided steps are made.
+        data: what the run was trained on; needed where images begin from real ones.
 
-    Raises UsageError where a stage is not trained, EngineError for an engine that is missing, stale or cannot run here.
+    Raises UsageError where a stage is not trained or no real image fits, ConflictError for other data than the run's, EngineError for
+    an engine that is missing, stale or cannot run here.
     """
     from engines.training.stages import load_guide, load_unet  # reads checkpoints, and brings the training with it
 
     recipe = run.recipe
+    starts = _starts(run, data)
     unet = load_unet(run, model)
     engine, device = _engine(run, model, unet, made_with, tell)
     guide = load_guide(run) if recipe.synth.guidance_scale or select.is_on(recipe.select) else None
@@ -192,7 +218,16 @@ def open_maker(run: RunFolder, model: Model, made_with: MadeWith = NOTHING_YET, 
     guided_sha256 = fused.card.file_sha256 if fused else ""
     plan = make_plan(recipe, run.classes(), model, engine.card, guide_sha256, versions, guided_sha256, device.type, compiled)
     plan = replace(plan, stages={stage: reuse.mark(run.path, stage) for stage in (model, *(("guide",) if guide else ()))})
-    return Maker(recipe, plan, model, engine, guide.eval().requires_grad_(False).to(device) if guide else None, device, fused)
+    guide = guide.eval().requires_grad_(False).to(device) if guide else None
+    return Maker(recipe, plan, model, engine, guide, device, fused, starts)
+
+
+def _starts(run: RunFolder, data: LongTail | None) -> RealStarts | None:
+    if run.recipe.synth.start == "noise":
+        return None
+    assert data is not None, "images that begin from real ones need them"
+    require_same(run, data)
+    return real_starts(run.recipe, data)
 
 
 def _fused_step(

@@ -111,8 +111,9 @@ def make_plan(
         "select.confidence": recipe.select.confidence,
     }
     synth = recipe.synth.model_dump(mode="json")
-    identity |= {f"synth.{key}": value for key, value in synth.items() if key not in _NOT_PIXELS}
     # What is not the case goes unmentioned: the plan is then that of versions that knew no such thing.
+    unused = (*_NOT_PIXELS, *(("start", "strength") if recipe.synth.start == "noise" else ()))
+    identity |= {f"synth.{key}": value for key, value in synth.items() if key not in unused}
     if guided_sha256:
         identity["guided_step.file_sha256"] = guided_sha256
     if device != "cpu":

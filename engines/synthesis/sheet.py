@@ -50,6 +50,7 @@ class Record:
     versions: str  # JSON, of what made it
     figures: Figures = UNMEASURED  # of the selection
     dropped: Reason = ""  # why the selection did not keep it; it then lies in `rejected/`
+    start: int | None = None  # the training image from which it begins, by its place among them; None = noise alone
 
     @property
     def kept(self) -> bool:
@@ -70,6 +71,7 @@ class Record:
             "dropped": self.dropped or None,
             **self.figures._asdict(),
             "pixels_sha256": self.pixels_sha256,
+            **({} if self.start is None else {"start": self.start}),
         }
 
 
@@ -100,6 +102,7 @@ def encode_png(pixels: Pixels, record: Record) -> bytes:
         **{name: "" if figure is None else repr(figure) for name, figure in record.figures._asdict().items()},
         "pixels_sha256": record.pixels_sha256,
         "versions": record.versions,
+        **({} if record.start is None else {"start": record.start}),
     }.items():
         text.add_text(key, str(value))
     return _png(pixels, text)
@@ -137,6 +140,7 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
             versions=sys.intern(text["versions"]),
             figures=Figures(**{name: float(text[name]) if text[name] else None for name in Figures._fields}),
             dropped=_REASON[text["dropped"]],
+            start=int(text["start"]) if "start" in text else None,
         )
     except Exception as error:  # the parsers of damaged files raise OSError, SyntaxError, struct.error, KeyError and more
         reason = "it holds no PNG" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__

@@ -69,19 +69,21 @@ class Records(MutableMapping[int, Record]):
         self._shared: list[Record] = []
 
     def __getitem__(self, index: int) -> Record:
-        shared, dropped, sha256, *figures = _ROW.unpack(self._rows[index])
+        shared, dropped, start, sha256, *figures = _ROW.unpack(self._rows[index])
         told = Figures(*(None if math.isnan(figure) else figure for figure in figures))
         shared_record: Record = self._shared[shared]
-        return replace(shared_record, index=index, pixels_sha256=sha256.hex(), figures=told, dropped=_REASONS[dropped])
+        begun = None if start == _NO_START else start
+        return replace(shared_record, index=index, pixels_sha256=sha256.hex(), figures=told, dropped=_REASONS[dropped], start=begun)
 
     def __setitem__(self, index: int, record: Record) -> None:
         assert record.index == index
-        shared = replace(record, index=0, pixels_sha256="", figures=UNMEASURED, dropped="")
+        shared = replace(record, index=0, pixels_sha256="", figures=UNMEASURED, dropped="", start=None)
         if shared not in self._shared:  # another one where other versions made the images of before
             self._shared.append(shared)
         figures = (math.nan if figure is None else figure for figure in record.figures)
         sha256, dropped = bytes.fromhex(record.pixels_sha256), _REASONS.index(record.dropped)
-        self._rows[index] = _ROW.pack(self._shared.index(shared), dropped, sha256, *figures)
+        start = _NO_START if record.start is None else record.start
+        self._rows[index] = _ROW.pack(self._shared.index(shared), dropped, start, sha256, *figures)
 
     def __delitem__(self, index: int) -> None:
         del self._rows[index]
@@ -96,7 +98,8 @@ class Records(MutableMapping[int, Record]):
         return index in self._rows
 
 
-_ROW = struct.Struct(f"<HB32s{len(Figures._fields)}d")
+_NO_START = -1
+_ROW = struct.Struct(f"<HBq32s{len(Figures._fields)}d")
 _REASONS: tuple[Reason, ...] = ("", *REASONS)
 
 

@@ -27,7 +27,7 @@ from engines.data.images import ImageSet
 from engines.data.longtail import LongTail
 from engines.data.names import shorten
 from engines.diffusion.sampler import StepLog
-from engines.errors import ConflictError, NumericsError, UsageError
+from engines.errors import NumericsError, UsageError
 from engines.interrupt import StopRequest, catch_signals
 from engines.networks.guide import Guide
 from engines.progress import Report, silent
@@ -36,6 +36,7 @@ from engines.synthesis import plan as plans
 from engines.synthesis.copies import Copies, find_copies
 from engines.synthesis.maker import Drawn, GivenUp, Maker, open_maker
 from engines.synthesis.plan import ImageId, Model
+from engines.synthesis.real_start import require_same
 from engines.synthesis.select import UNMEASURED, Band, Figures, Reason, class_bands, measure, reason_to_drop
 from engines.synthesis.sheet import Record, SheetRow, contact_sheet, encode_png, pixels_sha256, versions_text
 from engines.synthesis.shelf import ClassYield, GuidanceLog, Queue, Shelf
@@ -105,7 +106,7 @@ def synthesize(
         run: trained and, unless `synth.engine` is "torch", exported. Its recipe's [synth] and [select] say how.
         wanted: images by class id; see `plan.asked_classes` and `plan.fill_classes`.
         out: where to; default the run's own folder.
-        originals: the run's data, for the contact sheet and the search for copies; a distance band needs them.
+        originals: the run's data, for the contact sheet and the search for copies; a distance band and `synth.start` need them.
         workers: batches that run side by side; 0 = as many as the maker says.
         make_room: keep images of another plan in the run's `stale/`, rather than refuse to mix them with these.
         tell: hears which engine was chosen and why, where `synth.engine` and `synth.precision` leave a choice.
@@ -119,15 +120,15 @@ def synthesize(
         NumericsError: more than `synth.max_bad` images are not finite.
         Interrupted: a signal came; what was finished is committed.
     """
-    if originals is not None and originals.kept_sha256 != run.classes()["kept_sha256"]:
-        raise ConflictError(f"{run.path} was trained on other images than these", "--data names the data set it was trained on")
+    if originals is not None:
+        require_same(run, originals)
     parts = plans.by_model(run, wanted, source_ready=is_ready(run, "source"))
     for model in parts:
         plans.check_folder(plans.folder_of(run, model, out))
     results = []
     for model, classes in parts.items():
         folder = plans.folder_of(run, model, out)
-        maker = open_maker(run, model, plans.made_with(folder), tell)
+        maker = open_maker(run, model, plans.made_with(folder), tell, originals)
         if make_room:
             plans.make_room(run, folder, maker.plan)
         started = time.perf_counter()
@@ -395,6 +396,7 @@ class _Work:
             versions=self.versions,
             figures=figures,
             dropped=dropped,
+            start=self.maker.start_of(image),
         )
         self.shelf.put(record, encode_png(pixels, record))
 

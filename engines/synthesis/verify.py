@@ -26,6 +26,7 @@ from engines import store
 from engines.backends.base import Kind
 from engines.backends.device import gpu_failures, one_thread_each
 from engines.data.decode import Pixels, read_regular_file
+from engines.data.longtail import prepare
 from engines.data.names import shorten, slug
 from engines.errors import ConflictError, DataError, DiffRCError, EngineError, Interrupted, UsageError
 from engines.interrupt import StopRequest, catch_signals
@@ -130,6 +131,7 @@ def verify(
     seed: int = 0,
     engine: Kind | None = None,
     report: Report = silent,
+    data: Path | None = None,
 ) -> list[Verification]:
     """Hold synthesized images to what they say of themselves, and remake a random sample of them. Writes nothing.
 
@@ -143,6 +145,7 @@ def verify(
         sample: images to remake in each synthesis folder; None = 1 %, at least LEAST_SAMPLE; a larger number than there are = all.
         seed: draws the sample.
         engine: that remakes them; None = the one that made them.
+        data: where the run's data lie, if elsewhere than its recipe says; read only where images begin from real ones.
 
     Returns: one for each synthesis folder, in which what disagrees is listed.
 
@@ -153,7 +156,7 @@ def verify(
         Interrupted: a signal came.
     """
     with catch_signals() as stop:
-        return [_verified(place, sample, seed, engine, report, stop) for place in places(folder, run)]
+        return [_verified(place, sample, seed, engine, data, report, stop) for place in places(folder, run)]
 
 
 # -------------------------------------------------------------------------------------------------------------- places
@@ -216,7 +219,9 @@ def _pngs(folder: Path) -> Iterator[Path]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _verified(place: Place, sample: int | None, seed: int, engine: Kind | None, report: Report, stop: StopRequest) -> Verification:
+def _verified(
+    place: Place, sample: int | None, seed: int, engine: Kind | None, data: Path | None, report: Report, stop: StopRequest
+) -> Verification:
     if (owner := store.holder(place.folder)) and owner.pid != os.getpid():
         raise ConflictError(f"{place.folder} is in use by another diffrc process", "wait until it ends")
     document = store.read_json(place.folder / PLAN_FILE)
@@ -239,7 +244,7 @@ def _verified(place: Place, sample: int | None, seed: int, engine: Kind | None, 
     chosen = shelf.sample(min(count, total), seed)
     found = replace(found, asked=len(chosen))
     try:
-        maker, why_close = _maker_of(place, document, engine)
+        maker, why_close = _maker_of(place, document, engine, data)
     except DiffRCError as failure:
         return replace(found, failure=failure)
     return _remake(found, shelf, maker, why_close, chosen, report, stop)
@@ -394,7 +399,7 @@ def recipe_of_plan(recipe: Recipe, identity: Mapping[str, Any], engine: Kind | N
     return recipes.validate(table, "the plan with the run's recipe")
 
 
-def _maker_of(place: Place, document: Mapping[str, Any], engine: Kind | None) -> tuple[Maker, str]:
+def _maker_of(place: Place, document: Mapping[str, Any], engine: Kind | None, data: Path | None = None) -> tuple[Maker, str]:
     """What draws the images of a plan again, and why they may differ in a last bit. Raises as `open_maker`, and ConflictError."""
     identity = document["identity"]
     missing = [key for key in ("model", "engine.kind", "engine.precision", "weights_sha256") if key not in identity]
@@ -408,7 +413,8 @@ def _maker_of(place: Place, document: Mapping[str, Any], engine: Kind | None) ->
     run = RunFolder(opened.path, recipe_of_plan(opened.recipe, identity, engine))
     model: Model = "source" if identity["model"] == "source" else "target"
     made_with = plans.made_with(place.folder) if engine is None else MadeWith()
-    maker = open_maker(run, model, made_with)
+    originals = None if run.recipe.synth.start == "noise" else prepare(run.recipe.data, data)
+    maker = open_maker(run, model, made_with, data=originals)
     now = {**_defaults(), **maker.plan.identity}
     then = {**_defaults(), **identity}
     differing = [key for key in dict.fromkeys((*then, *now)) if then.get(key) != now.get(key)]
@@ -460,6 +466,8 @@ def _remake(
             record, name = shelf.record(drawn), shelf.path(drawn).relative_to(_root(shelf.place)).as_posix()
             if pixels is None:
                 wrong.append(Disagreement(name, "remade, it is not finite"))
+            elif record.start != maker.start_of(drawn):
+                wrong.append(Disagreement(name, f"it says start={record.start}, remade from {maker.start_of(drawn)}"))
             elif pixels_sha256(pixels) == record.pixels_sha256:
                 equal += 1
             else:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from engines.diffusion.respacing import spaced_timesteps
 from engines.recipe import Recipe, digest
 from engines.training.diffusion import build_unet
 from engines.training.guide import build_guide
@@ -44,7 +43,7 @@ def cost_of(recipe: Recipe) -> Cost:
     """
     evaluation, step, guide_step, gradient = _counted(recipe)
     source, target, synth = recipe.source, recipe.target, recipe.synth
-    timesteps = spaced_timesteps(recipe.diffusion.steps, synth.steps)
+    timesteps = recipe.sampling_timesteps()
     first, last = synth.guidance_interval
     guided = sum(first <= t <= last for t in timesteps) if synth.guidance_scale else 0
     return Cost(

@@ -52,6 +52,31 @@ def test_options_reach_the_plan(steps: str, sampler: str, call: Call) -> None:
     assert not Path("runs/digits-lt/synth").exists()
 
 
+def test_images_that_begin_from_real_ones_are_forecast_made_and_made_again(call: Call) -> None:
+    words = (
+        "synth",
+        "--class",
+        "nine",
+        "--n",
+        "6",
+        "--set",
+        "synth.start=class",
+        "--set",
+        "synth.strength=0.02",
+        "--set",
+        "synth.steps=200",
+    )
+    planned = json.loads(call(*words, "--dry-run", "--json").out)
+    assert planned["parts"][0]["missing"] == 6
+    assert not Path("runs/digits-lt/synth").exists()
+    done = call(*words)
+    assert done.code == 0, done.err
+    assert "try:     a synth.strength above 0.02" in done.err, "so little noise makes copies, and the remedy says what to change"
+    again = call("verify", "runs/digits-lt", "--sample", "6")
+    assert again.code == 0, again.err
+    assert "6 bit for bit" in again.out
+
+
 def test_a_selection_that_gives_up_ends_with_code_9_after_everything_is_told_and_in_place(call: Call) -> None:
     words = ("synth", "--class", "nine", "--n", "4", "--confidence", "1.0", "--max-tries", "1.5", "--set", "synth.max_bad=0")
     done = call(*words)

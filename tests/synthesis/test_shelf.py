@@ -18,12 +18,16 @@ from engines.synthesis.shelf import Queue, Records, Shelf
 FIGURES = st.builds(Figures, *(st.none() | st.floats(0, 1e9) for _ in Figures._fields))
 
 
-@given(figures=st.lists(FIGURES, min_size=1, max_size=6), reasons=st.lists(st.sampled_from(["", *REASONS]), min_size=6, max_size=6))
-def test_a_record_is_remembered_exactly_whatever_made_it(figures: list[Figures], reasons: list[Reason]) -> None:
+@given(
+    figures=st.lists(FIGURES, min_size=1, max_size=6),
+    reasons=st.lists(st.sampled_from(["", *REASONS]), min_size=6, max_size=6),
+    starts=st.lists(st.none() | st.integers(0, 1 << 40), min_size=6, max_size=6),
+)
+def test_a_record_is_remembered_exactly_whatever_made_it(figures: list[Figures], reasons: list[Reason], starts: list[int | None]) -> None:
     records, expected = Records(), {}
     for i, figure in enumerate(figures):
         sha256 = hashlib.sha256(bytes([i])).hexdigest()
-        expected[10**8 + i] = Record("plan", 3, "swan", 10**8 + i, 7, sha256, f'{{"torch": "{i % 2}"}}', figure, reasons[i])
+        expected[10**8 + i] = Record("plan", 3, "swan", 10**8 + i, 7, sha256, f'{{"torch": "{i % 2}"}}', figure, reasons[i], starts[i])
     records.update(expected)
     assert dict(records) == expected
     assert (len(records), 10**8 in records, 5 in records) == (len(figures), True, False)

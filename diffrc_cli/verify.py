@@ -12,7 +12,8 @@ from diffrc_cli.options import DataOption, JsonOption
 from engines.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
-    from engines.synthesis.verify import Disagreement, Verification
+    from engines.synthesis.examine import Disagreement
+    from engines.synthesis.verify import Verification
 
 SHOWN = 20  # disagreements in the terminal; --json has all of them
 NAMED = 3  # in the last line

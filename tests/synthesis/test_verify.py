@@ -20,11 +20,13 @@ from engines import store
 from engines.errors import ConflictError, DataError, Interrupted, UsageError
 from engines.store import RunFolder
 from engines.synthesis import verify as verification
+from engines.synthesis.examine import Disagreement, Files
 from engines.synthesis.maker import Maker
 from engines.synthesis.plan import host
+from engines.synthesis.remake import compare, maker_of, recipe_of_plan
 from engines.synthesis.sheet import decode_png, encode_png, pixels_sha256
 from engines.synthesis.synthesize import make_folder, synthesize
-from engines.synthesis.verify import Disagreement, compare, verify
+from engines.synthesis.verify import verify
 
 WANTED = {0: 3, 2: 6}
 ONE = "two-0002/000003.png"
@@ -327,7 +329,7 @@ def test_images_that_were_copied_elsewhere_are_known_by_their_plan(run: Path, tm
 
 
 def test_a_sample_is_another_for_another_seed_and_the_same_for_the_same(whole: Path) -> None:
-    files = verification._Files(verification.places(whole)[0], {}, store.read_json(whole / "plan.json")["plan"], ["zero", "one", "two"])
+    files = Files(verification.places(whole)[0], {}, store.read_json(whole / "plan.json")["plan"], ["zero", "one", "two"])
     files.examine(lambda *_: None, verification.StopRequest())
     assert files.sample(4, 1) == files.sample(4, 1)
     assert len({tuple(files.sample(4, seed)) for seed in range(20)}) > 10
@@ -337,7 +339,7 @@ def test_a_sample_is_another_for_another_seed_and_the_same_for_the_same(whole: P
 def test_the_recipe_of_a_plan_is_the_runs_with_what_was_typed(made_run: Path) -> None:
     opened: RunFolder = store.open_run(made_run)
     identity = store.read_json(made_run / "synth/plan.json")["identity"]
-    recipe = verification.recipe_of_plan(opened.recipe, identity)
+    recipe = recipe_of_plan(opened.recipe, identity)
     synth = recipe.synth
     assert (synth.steps, synth.seed, synth.engine, synth.precision, synth.device) == (3, 5, "torch", "fp32", "cpu")
     assert recipe.select.confidence == 0.0001
@@ -351,7 +353,7 @@ def test_images_of_half_precision_are_not_held_to_another_engine(run: Path) -> N
     document = plan | {"identity": identity}
     place = verification.places(run)[0]
     with pytest.raises(UsageError, match="openvino in bf16, whose rounding no other engine can repeat"):
-        verification._maker_of(place, document, "torch")
+        maker_of(place, document, "torch")
 
 
 def test_a_signal_ends_it_and_nothing_is_said_to_continue(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

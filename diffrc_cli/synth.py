@@ -165,7 +165,7 @@ def _originals(run: RunFolder, data: Path | None) -> Any:
 
 
 def _show(part: Synthesis) -> None:
-    reasons = {"distance": "too far", "confidence": "unsure", "both": "both"}
+    reasons = {"distance": "too far", "confidence": "unsure", "both": "both", "novelty": "novelty"}
     dropped = [reason for reason in reasons if any(c.dropped[reason] for c in part.classes)]
     selected = ("yield",) if dropped else ()
     columns = ("class", "asked", "there", "made now", *(reasons[reason] for reason in dropped), *selected, "folder")

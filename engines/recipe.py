@@ -256,9 +256,10 @@ class SynthSection(Section):
 
 
 class SelectSection(Section):
-    """Which synthesized images are kept: d <= distance_band * d_f (METHOD section 5)."""
+    """Which synthesized images are kept: d <= distance_band * d_f, and others (METHOD section 5)."""
 
     distance_band: NonNegative = 0.0  # 0 = keep everything
+    novelty_band: tuple[NonNegative, NonNegative] = (0.0, 0.0)  # of the nearest real one: see `synthesis.select`; [0, 0] = keep everything
     confidence: Fraction = 0.0  # the least p~(y | x_0) of the guide; 0 = keep everything
     max_tries: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 4.0  # times the images asked for
     copy_ratio: Fraction = 1 / 3  # a copy: its nearest real image is at most so far away, beside the second nearest
@@ -393,6 +394,9 @@ class Recipe(Section):
         if self.synth.compile and self.synth.engine != "torch":
             mistakes.append('synth.compile needs synth.engine = "torch"')
         mistakes += _recognizer_mistakes(self.recognizer, self.data)
+        least, most = self.select.novelty_band
+        if least > most:
+            mistakes.append(f"select.novelty_band [{least:g}, {most:g}] is empty")
         first, last = self.synth.guidance_interval
         if first > last:
             mistakes.append(f"synth.guidance_interval [{first}, {last}] is empty")

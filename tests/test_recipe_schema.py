@@ -42,8 +42,10 @@ STRUCTURE = {
     "guidance_scale_max",
     "holdout_fraction",
     "init_from",
+    "novelty_band",
     "num_heads",
     "patience",
+    "strength",
     "train_steps",
     "use_scale_shift_norm",
 }

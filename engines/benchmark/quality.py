@@ -78,7 +78,8 @@ class Setting:
         """As for `--set`; the selection is off."""
         scale = () if self.scale is None else (f"synth.guidance_scale={self.scale}",)
         steps = f'"{self.steps}"' if isinstance(self.steps, str) else self.steps
-        return (f"synth.sampler={self.sampler}", f"synth.steps={steps}", *scale, "select.distance_band=0", "select.confidence=0")
+        every_image = ("select.distance_band=0", "select.novelty_band=[0,0]", "select.confidence=0")
+        return (f"synth.sampler={self.sampler}", f"synth.steps={steps}", *scale, *every_image)
 
 
 @dataclass(frozen=True)

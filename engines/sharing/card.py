@@ -233,8 +233,10 @@ def _selection(balanced: Balanced) -> Iterator[str]:
     select = balanced.run.recipe.select
     yields: Sequence[Mapping[str, Any]] = found["yield"]
     kept, made = (sum(int(row.get(key) or 0) for row in yields) for key in ("kept", "made"))
+    near, far = select.novelty_band
     rules = [
         *([f"at most {select.distance_band:g} class widths from the mean of the real images"] if select.distance_band else []),
+        *([f"{near:g} to {far:g} times as far from the nearest real one as these from each other"] if far else []),
         *([f"at least {select.confidence:g} of the guide's probability on their class"] if select.confidence else []),
     ]
     if not rules:

@@ -114,6 +114,8 @@ def make_plan(
     # What is not the case goes unmentioned: the plan is then that of versions that knew no such thing.
     unused = (*_NOT_PIXELS, *(("start", "strength") if recipe.synth.start == "noise" else ()))
     identity |= {f"synth.{key}": value for key, value in synth.items() if key not in unused}
+    if any(recipe.select.novelty_band):
+        identity["select.novelty_band"] = list(recipe.select.novelty_band)
     if guided_sha256:
         identity["guided_step.file_sha256"] = guided_sha256
     if device != "cpu":

@@ -29,7 +29,21 @@ MAX_PNG_BYTES = 1 << 26
 REJECTED = "rejected"  # the folder, inside a class's, of images that the selection dropped
 _LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
 _NAME = re.compile(r"^(\d{6,9})\.png$")
-TEXT = ("synthetic", "plan", "class_id", "class", "index", "seed", "kept", "dropped", *Figures._fields, "pixels_sha256", "versions")
+TEXT = (
+    "synthetic",
+    "plan",
+    "class_id",
+    "class",
+    "index",
+    "seed",
+    "kept",
+    "dropped",
+    "distance",
+    "reach",
+    "confidence",
+    "pixels_sha256",
+    "versions",
+)
 _REASON: dict[str, Reason] = {"": "", **{reason: reason for reason in REASONS}}
 
 Labels = npt.NDArray[np.int64]
@@ -69,7 +83,7 @@ class Record:
             "index": self.index,
             "kept": self.kept,
             "dropped": self.dropped or None,
-            **self.figures._asdict(),
+            **self.figures.told(),
             "pixels_sha256": self.pixels_sha256,
             **({} if self.start is None else {"start": self.start}),
         }
@@ -99,7 +113,7 @@ def encode_png(pixels: Pixels, record: Record) -> bytes:
         "seed": record.seed,
         "kept": "true" if record.kept else "false",
         "dropped": record.dropped,
-        **{name: "" if figure is None else repr(figure) for name, figure in record.figures._asdict().items()},
+        **{name: "" if figure is None else repr(figure) for name, figure in record.figures.told().items()},
         "pixels_sha256": record.pixels_sha256,
         "versions": record.versions,
         **({} if record.start is None else {"start": record.start}),
@@ -138,7 +152,7 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
             seed=int(text["seed"]),
             pixels_sha256=text["pixels_sha256"],
             versions=sys.intern(text["versions"]),
-            figures=Figures(**{name: float(text[name]) if text[name] else None for name in Figures._fields}),
+            figures=Figures(**{name: float(text[name]) if text.get(name) else None for name in Figures._fields}),
             dropped=_REASON[text["dropped"]],
             start=int(text["start"]) if "start" in text else None,
         )

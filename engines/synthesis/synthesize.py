@@ -37,7 +37,7 @@ from engines.synthesis.copies import Copies, find_copies
 from engines.synthesis.maker import Drawn, GivenUp, Maker, open_maker
 from engines.synthesis.plan import ImageId, Model
 from engines.synthesis.real_start import require_same
-from engines.synthesis.select import UNMEASURED, Band, Figures, Reason, class_bands, measure, reason_to_drop
+from engines.synthesis.select import UNMEASURED, Band, Figures, Reason, class_bands, measure, needs_bands, reason_to_drop
 from engines.synthesis.sheet import Record, SheetRow, contact_sheet, encode_png, pixels_sha256, versions_text
 from engines.synthesis.shelf import ClassYield, GuidanceLog, Queue, Shelf
 from engines.synthesis.stopwatch import Spent, Stopwatch
@@ -106,7 +106,7 @@ def synthesize(
         run: trained and, unless `synth.engine` is "torch", exported. Its recipe's [synth] and [select] say how.
         wanted: images by class id; see `plan.asked_classes` and `plan.fill_classes`.
         out: where to; default the run's own folder.
-        originals: the run's data, for the contact sheet and the search for copies; a distance band and `synth.start` need them.
+        originals: the run's data, for the contact sheet and the search for copies; bands and `synth.start` need them.
         workers: batches that run side by side; 0 = as many as the maker says.
         make_room: keep images of another plan in the run's `stale/`, rather than refuse to mix them with these.
         tell: hears which engine was chosen and why, where `synth.engine` and `synth.precision` leave a choice.
@@ -409,7 +409,7 @@ class _Work:
 
 
 def _bands(maker: Maker, originals: LongTail | None, wanted: Iterable[int]) -> dict[int, Band]:
-    if not maker.recipe.select.distance_band:
+    if not needs_bands(maker.recipe.select):
         return {}
     assert maker.guide is not None and originals is not None, "the selection measures distances to real images"
     return class_bands(maker.guide, originals.train, wanted, maker.recipe.synth.batch_size)

@@ -89,7 +89,7 @@ def test_a_selection_that_gives_up_ends_with_code_9_after_everything_is_told_and
     assert len(list(folder.glob("nine-0009/rejected/*.png"))) == 6
     told = json.loads(call(*words, "--json").out)
     assert told["short"] == 4
-    assert told["classes"][0]["dropped"] == {"distance": 0, "confidence": 6, "both": 0}
+    assert told["classes"][0]["dropped"] == {"distance": 0, "confidence": 6, "both": 0, "novelty": 0}
     assert told["warnings"]
     assert store.read_json_lines(folder / "manifest.jsonl")[0]["dropped"] == "confidence"
     more = call(*words, "--max-tries", "2")

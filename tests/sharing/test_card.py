@@ -128,11 +128,12 @@ def test_the_digest_of_a_recipe_does_not_depend_on_where_the_data_lie(digits: Ba
 
 
 def test_a_selection_and_its_yield_are_told(made_copy: Path) -> None:
-    run = store.open_run(made_copy, ("select.distance_band=1.5", "select.confidence=0.3"))
+    run = store.open_run(made_copy, ("select.distance_band=1.5", "select.novelty_band=[0.75,2.5]", "select.confidence=0.3"))
     row = {"class": "nine", "asked": 21, "kept": 21, "made": 22, "rejected": 1, "yield": 21 / 22}
     store.write_json(run.synth / "yield.json", [row])
     text = text_of(open_balanced(run, prepare(run.recipe.data, None)))
     assert "at most 1.5 class widths" in text
+    assert "0.75 to 2.5 times as far from the nearest real one" in text
     assert "at least 0.3 of the guide's probability" in text
     assert "21 of 22 images (95.5 %)" in text
     assert "| nine | 22 | 21 | 95.5 % |" in text

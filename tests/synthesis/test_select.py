@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engines.recipe import SelectSection
+from engines.errors import UsageError
+from engines.recipe import SelectSection, load
 from engines.synthesis.select import Figures, class_band, is_on, look, measure, reason_to_drop
 
 
-def select(**settings: float) -> SelectSection:
-    return SelectSection(**settings)
+def select(**settings: float | tuple[float, float]) -> SelectSection:
+    return SelectSection.model_validate(settings)
 
 
 def test_the_reach_is_the_largest_distance_between_two_real_images() -> None:
@@ -23,7 +24,18 @@ def test_the_reach_is_the_largest_distance_between_two_real_images() -> None:
     assert band.reach == pytest.approx(5.0)
     assert torch.allclose(band.mean, torch.tensor([1.0, 2.0]))
     figures = measure(torch.tensor([2.0, 3.0]), torch.tensor([0.25, 0.75]).log(), 1, band)
-    assert figures == pytest.approx((math.sqrt(2), 5.0, 0.75))
+    # The nearest others lie 2, 2 and sqrt(13) away; the nearest of this image sqrt(2), to (3, 4).
+    assert band.gap == pytest.approx(2.0)
+    assert figures == pytest.approx((math.sqrt(2), 5.0, 0.75, math.sqrt(2) / 2))
+
+
+def test_the_gap_is_the_same_however_many_rows_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.rand(11, 3, generator=torch.Generator().manual_seed(0))
+    whole = class_band(features)
+    nearest = sorted(min(float((a - b).norm()) for j, b in enumerate(features) if j != i) for i, a in enumerate(features))
+    monkeypatch.setattr("engines.synthesis.select.PAIRS_ROWS", 4)
+    assert (class_band(features).gap, class_band(features).reach) == pytest.approx((whole.gap, whole.reach))
+    assert whole.gap == pytest.approx(nearest[5])
 
 
 def test_the_reach_of_a_class_drawn_together_is_not_rounded_away() -> None:
@@ -44,6 +56,17 @@ def test_an_image_is_kept_from_the_confidence_on_and_dropped_below() -> None:
     assert reason_to_drop(Figures(confidence=0.79), select(confidence=0.8)) == "confidence"
 
 
+def test_an_image_is_kept_inside_the_novelty_band_whose_ends_count() -> None:
+    for novelty, reason in ((0.74, "novelty"), (0.75, ""), (2.5, ""), (2.51, "novelty"), (None, "")):
+        assert reason_to_drop(Figures(0.1, 2.0, 0.9, novelty), select(novelty_band=(0.75, 2.5))) == reason
+    assert reason_to_drop(Figures(0.1, 2.0, 0.1, 9.0), select(novelty_band=(0.75, 2.5), confidence=0.5)) == "confidence"
+
+
+def test_an_empty_novelty_band_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"select.novelty_band \[2, 1\] is empty"):
+        load('name = "x"', ("select.novelty_band=[2, 1]",))
+
+
 def test_both_reasons_are_told() -> None:
     assert reason_to_drop(Figures(4.001, 2.0, 0.79), select(distance_band=2.0, confidence=0.8)) == "both"
 
@@ -52,7 +75,8 @@ def test_both_reasons_are_told() -> None:
 def test_a_class_of_one_image_or_of_one_image_many_times_has_no_band(real: int) -> None:
     band = class_band(torch.ones(real, 3))
     figures = measure(torch.full((3,), 100.0), torch.zeros(2), 0, band)
-    assert figures.reach is None
+    assert (figures.reach, figures.novelty, band.gap) == (None, None, 0.0)
+    assert reason_to_drop(figures, select(novelty_band=(0.5, 1.0))) == ""
     assert reason_to_drop(figures, select(distance_band=1.0)) == ""
 
 
@@ -69,6 +93,7 @@ def test_without_a_filter_everything_is_kept_and_nothing_is_measured() -> None:
     assert not is_on(select())
     assert is_on(select(confidence=0.1))
     assert is_on(select(distance_band=0.1))
+    assert is_on(select(novelty_band=(0.0, 2.0)))
     assert reason_to_drop(Figures(), select()) == ""
 
 

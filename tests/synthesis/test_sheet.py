@@ -187,8 +187,11 @@ def test_a_contact_sheet_takes_any_name_and_needs_no_originals(name: str) -> Non
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_a_dropped_image_comes_back_with_its_reason_and_figures(reason: Reason) -> None:
-    record = replace(record_of(image(), kept=False), dropped=reason, figures=Figures(0.1, None, 1e-30))
+@pytest.mark.parametrize(("novelty", "start"), [(None, None), (0.75, 7)])
+def test_a_dropped_image_comes_back_with_its_reason_and_figures(reason: Reason, novelty: float | None, start: int | None) -> None:
+    figures = Figures(0.1, None, 1e-30, novelty)
+    record = replace(record_of(image(), kept=False), dropped=reason, figures=figures, start=start)
+    assert ({"novelty", "start"} <= set(record.line())) == (start is not None), "older versions knew neither"
     assert decode_png(encode_png(image(), record), record.class_name, "x.png")[1] == record
     assert record.line()["dropped"] == reason
 

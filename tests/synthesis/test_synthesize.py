@@ -383,7 +383,7 @@ def feature_of(maker: Maker, class_id: int, index: int) -> Tensor:
 def pretend(monkeypatch: pytest.MonkeyPatch, maker: Maker, figures: Mapping[int, Figures]) -> None:
     """Let the guide find these figures in the images of class 2, by index."""
     known = {tuple(feature_of(maker, 2, index).tolist()): figure for index, figure in figures.items()}
-    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: Band(torch.zeros(8), 1.0)})
+    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: Band(torch.zeros(8), 1.0, torch.zeros(1, 8), 0.0)})
     monkeypatch.setattr(synthesis, "measure", lambda feature, *_: known[tuple(feature.tolist())])
 
 
@@ -419,6 +419,17 @@ def test_the_manifest_says_why_an_image_was_dropped_with_its_figures(choosy: Mak
     assert told[1] == (True, None, 0.5, 1.0, 0.9)
 
 
+def test_the_novelty_band_is_measured_kept_to_and_told(run_copy: Path) -> None:
+    settings = ("select.novelty_band=[0.5, 20]", "select.max_tries=20", "synth.engine=torch")
+    run = store.open_run(run_copy, settings)
+    (result,) = synthesize(run, {6: 3}, originals=prepare(run.recipe.data, None))
+    lines = store.read_json_lines(result.folder / "manifest.jsonl")
+    assert result.classes[0].kept == 3
+    assert all(line["kept"] == (0.5 <= line["novelty"] <= 20) for line in lines)
+    assert {line["dropped"] for line in lines} <= {None, "novelty"}
+    assert store.read_json(result.folder / "plan.json")["identity"]["select.novelty_band"] == [0.5, 20.0]
+
+
 @given(figures=st.lists(st.sampled_from([FAR, UNSURE, BOTH, GOOD]), min_size=9, max_size=9), asked=st.integers(1, 4))
 @settings(max_examples=10, deadline=None)
 def test_yields_add_up(figures: list[Figures], asked: int, make_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -432,7 +443,7 @@ def test_yields_add_up(figures: list[Figures], asked: int, make_maker: Any, tmp_
     tried = figures[:made]
     assert (row.made, row.kept, row.rejected) == (made, tried.count(GOOD), made - tried.count(GOOD))
     assert row.short == asked - row.kept
-    assert row.dropped == {"distance": tried.count(FAR), "confidence": tried.count(UNSURE), "both": tried.count(BOTH)}
+    assert row.dropped == {"distance": tried.count(FAR), "confidence": tried.count(UNSURE), "both": tried.count(BOTH), "novelty": 0}
     assert row.share == pytest.approx(row.kept / made)
     assert json.loads((folder / "yield.json").read_text()) == [row.to_json() | {"folder": "two-0002"}]
     assert [line["kept"] for line in store.read_json_lines(folder / "manifest.jsonl")] == [figure == GOOD for figure in tried]
@@ -456,7 +467,7 @@ def test_any_filter_that_is_on_makes_dropped_images_again(
     override: str, make_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A random guide is sure of nothing, and far from everything."""
-    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: Band(torch.zeros(8), 1e-3)})
+    monkeypatch.setattr(synthesis, "_bands", lambda *_: {2: Band(torch.zeros(8), 1e-3, torch.zeros(1, 8), 0.0)})
     result = make_folder(tmp_path / "synth", make_maker(override, "select.max_tries=2.0", "synth.max_bad=0"), {2: 3})
     assert (result.classes[0].kept, result.classes[0].rejected) == (0, 6)
 

@@ -24,8 +24,8 @@ from engines.evaluation.report.page import (
 from engines.evaluation.report.parts import Parts
 from engines.evaluation.report.tiles import Gallery, Tile
 
-DROPPED = {"distance": "too far", "confidence": "unsure", "both": "too far and unsure"}
-DROPPED_STYLES = {"distance": "c3", "confidence": "c1", "both": "c4"}
+DROPPED = {"distance": "too far", "confidence": "unsure", "both": "too far and unsure", "novelty": "outside the novelty band"}
+DROPPED_STYLES = {"distance": "c3", "confidence": "c1", "both": "c4", "novelty": "c5"}
 YIELDS_SHOWN = 12  # classes
 GROUPS = ("many", "medium", "few")
 
@@ -152,7 +152,7 @@ def _gallery(parts: Parts, gallery: Gallery) -> str:
     told = f"{group}: {parts.classes['counts'][k]:,} real, {kept:,} synthetic" + (f" of {made:,} made" if made > kept else "")
     shown = strip("original", f"Original images of {name}", gallery.originals)
     shown += strip("generated", f"Generated images of {name}", gallery.generated)
-    dropped = [Tile(tile.source, {**DROPPED, "both": "both"}.get(tile.words, tile.words)) for tile in gallery.dropped]
+    dropped = [Tile(tile.source, {**DROPPED, "both": "both", "novelty": "novelty"}.get(tile.words, tile.words)) for tile in gallery.dropped]
     shown += strip("dropped", f"Generated images of {name} that were dropped", dropped)
     title = f'<h4><i class="dot {text(group)}"></i><bdi>{text(name)}</bdi> <small>{text(told)}</small></h4>'
     return gallery_frame(title + shown, gallery.side_px)

@@ -44,7 +44,7 @@ GuidedStep = Callable[[Tensor, Tensor, Tensor], Stepped | None]
 """(x, positions j (B,), z) -> one step of ddpm or ddim with its guidance, or None where it leaves the step to the sampler."""
 
 Noise = Callable[[int], Tensor]
-"""step -> (B, C, H, W) standard normal; step 0 is x_T, step i >= 1 the noise of the i-th evaluation."""
+"""step -> (B, C, H, W) standard normal; step 0 is x_T (or what stands in its place), step i >= 1 the noise of the i-th evaluation."""
 
 EVERYWHERE = (0, 10**9)
 

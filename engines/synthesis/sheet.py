@@ -30,19 +30,8 @@ REJECTED = "rejected"  # the folder, inside a class's, of images that the select
 _LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
 _NAME = re.compile(r"^(\d{6,9})\.png$")
 TEXT = (
-    "synthetic",
-    "plan",
-    "class_id",
-    "class",
-    "index",
-    "seed",
-    "kept",
-    "dropped",
-    "distance",
-    "reach",
-    "confidence",
-    "pixels_sha256",
-    "versions",
+    *("synthetic", "plan", "class_id", "class", "index", "seed", "kept", "dropped"),
+    *("distance", "reach", "confidence", "pixels_sha256", "versions"),
 )
 _REASON: dict[str, Reason] = {"": "", **{reason: reason for reason in REASONS}}
 
@@ -154,7 +143,7 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
             versions=sys.intern(text["versions"]),
             figures=Figures(**{name: float(text[name]) if text.get(name) else None for name in Figures._fields}),
             dropped=_REASON[text["dropped"]],
-            start=int(text["start"]) if "start" in text else None,
+            start=_start(text["start"]) if "start" in text else None,
         )
     except Exception as error:  # the parsers of damaged files raise OSError, SyntaxError, struct.error, KeyError and more
         reason = "it holds no PNG" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
@@ -162,6 +151,12 @@ def decode_png(data: bytes, class_name: str, origin: str) -> tuple[Pixels, Recor
     if pixels_sha256(pixels) != record.pixels_sha256:
         raise DataError(f"{origin}: its pixels do not match their sha256", remedy)
     return pixels, record
+
+
+def _start(told: str) -> int:
+    if not 0 <= (start := int(told)) < 1 << 63:
+        raise ValueError(f"its text says start={told[:20]!r}")
+    return start
 
 
 # ------------------------------------------------------------------------------------------------------------ a folder

@@ -196,6 +196,13 @@ def test_a_dropped_image_comes_back_with_its_reason_and_figures(reason: Reason, 
     assert record.line()["dropped"] == reason
 
 
+@pytest.mark.parametrize("start", [-1, 1 << 63])
+def test_a_start_that_no_training_image_has_is_refused(start: int) -> None:
+    record = replace(record_of(image()), start=start)
+    with pytest.raises(DataError, match="its text says start="):
+        decode_png(encode_png(image(), record), record.class_name, "x.png")
+
+
 def test_a_reason_that_there_is_not_is_refused() -> None:
     record = replace(record_of(image()), dropped="mood")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="mood"):

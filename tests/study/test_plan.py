@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from diffrc_cli.recipe import resolve
@@ -12,6 +14,7 @@ from engines.recipe import differences
 from engines.study.plan import Study, is_study, load, read, resolve_arms
 
 FILES = sorted(studies())
+KEPT = sorted((Path(__file__).parent.parent.parent / "docs" / "results").glob("*.toml"))
 SMALL = """
 name = "small"
 title = "A small one"
@@ -55,6 +58,14 @@ def test_the_first_lines_of_a_study_are_a_command_that_names_it_or_its_recipe_an
     command, cost = text.splitlines()[:2]
     assert command.startswith(f"# Command: diffrc study {'digits-lt' if name == 'controls' else name}")
     assert cost.startswith("# Cost: ")
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_a_study_whose_results_are_kept_can_be_done_again(path: Path) -> None:
+    study = read(path)
+    assert study.name == path.stem
+    assert path.read_text(encoding="utf-8").startswith(f"# Command: diffrc study docs/results/{path.name}")
+    assert len(resolve_arms(study, resolve)) == len(study.rows())
 
 
 def test_the_papers_tables_hold_the_papers_figures() -> None:

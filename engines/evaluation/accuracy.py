@@ -135,8 +135,9 @@ def paired_difference(a: npt.NDArray[Any], b: npt.NDArray[Any], labels: Labels, 
         image_weights = random.multinomial(n, np.full(n, 1 / n), resamples) / n  # (R, n)
         resampled += ((seed_weights @ of_class) * image_weights).sum(1) / len(present)
     observed = np.mean([difference[:, labels == label].mean() for label in present])
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Interval(100.0 * float(observed), 100.0 * float(low), 100.0 * float(high))
+    # Rounded, since sums of the weights miss a 0 by some 1e-16, and an end at 0 does not leave 0 out.
+    low, high = (round(100.0 * float(end), 9) for end in np.percentile(resampled, [2.5, 97.5]))
+    return Interval(100.0 * float(observed), low, high)
 
 
 def class_differences(

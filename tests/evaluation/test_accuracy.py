@@ -153,6 +153,16 @@ def test_a_kept_confidence_is_precise_enough_for_the_error() -> None:
     assert calibration_error(predicted, kept, labels) == pytest.approx(calibration_error(predicted, confidence, labels), abs=0.01)
 
 
+def test_an_interval_that_ends_at_zero_is_a_tie_however_its_sums_are_rounded() -> None:
+    """Of these draws the lower end is 0, and the sums of its weights 1.4e-15."""
+    random = np.random.default_rng(33)
+    a, b = ((random.random((5, 30)) < share).astype(np.int64) for share in (0.9, 0.8))
+    labels = np.repeat([0, 1, 2], 10)
+    found = paired_difference(a, b, labels)
+    assert (found.difference, found.low, found.outcome) == (pytest.approx(12.0), 0.0, "ties")
+    assert paired_difference(b, a, labels).outcome == "ties"
+
+
 @pytest.mark.parametrize(("low", "high", "outcome"), [(0.1, 4.0, "helps"), (-1.0, 2.0, "ties"), (-5.0, -0.1, "hurts")])
 def test_an_interval_helps_or_hurts_only_where_it_leaves_zero_out(low: float, high: float, outcome: str) -> None:
     assert Interval((low + high) / 2, low, high).outcome == outcome

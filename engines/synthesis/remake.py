@@ -34,16 +34,15 @@ _ENGINE_KEYS = ("engine.", "guided_step.")  # of a plan's identity: what another
 _NO_PIXELS = ("diffrc", "pillow")  # packages whose version changes no pixel, or none that our own tests would not see
 
 
-def recipe_of_plan(recipe: Recipe, identity: Mapping[str, Any], engine: Kind | None = None) -> Recipe:
+def recipe_of_plan(recipe: Recipe, identity: dict[str, Any], engine: Kind | None = None) -> Recipe:
     """The recipe of a run with what a plan was made with in place of what it says now: options that were typed are known by it alone.
 
     Raises UsageError where the plan's values do not fit this version's schema.
     """
     table = recipe.model_dump(mode="json")
-    defaults = {"synth": SynthSection().model_dump(mode="json"), "select": SelectSection().model_dump(mode="json")}
-    for key, value in identity.items():
+    for key, value in (_defaults() | identity).items():  # what a plan does not mention was not the case, whatever the run says now
         section, _, name = key.partition(".")
-        if name in defaults.get(section, {}):
+        if section in ("synth", "select") and name in table[section]:
             table[section][name] = value
     made = {"kind": identity["engine.kind"], "precision": identity["engine.precision"], "device": identity.get("engine.device", "cpu")}
     compiled = bool(identity.get("engine.compiled", False))
@@ -95,7 +94,7 @@ def maker_of(place: Place, document: Mapping[str, Any], engine: Kind | None, dat
 
 
 def _defaults() -> dict[str, Any]:
-    """Of keys that a plan of an older version has not: they stood at what is the default today."""
+    """Of keys that a plan does not mention: they stood at what is the default."""
     sections = {"synth": SynthSection(), "select": SelectSection()}
     return {
         f"{name}.{key}": value

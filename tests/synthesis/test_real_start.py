@@ -169,6 +169,18 @@ def test_they_come_out_again_bit_for_bit(made: RunFolder) -> None:
     assert (found.equal, found.disagreements, found.failure) == (11, (), None)
 
 
+def test_images_from_noise_come_out_again_from_a_run_whose_recipe_begins_from_real_ones(
+    exported_run: Path, data: LongTail, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(exported_run, tmp_path / "digits-lt"))
+    other = opened(path, *FROM_CLASS, "select.novelty_band=[0.1, 100]").recipe
+    (path / "recipe.toml").write_text(recipes.to_toml(other), encoding="utf-8")
+    typed = ("synth.engine=torch", "synth.start=noise", "select.novelty_band=[0, 0]")
+    synthesize(opened(path, *typed), {9: 3}, originals=data)
+    [found] = verify(path, sample=3)
+    assert (found.equal, found.disagreements, found.failure) == (3, (), None)
+
+
 def test_a_wrong_start_is_found_in_the_manifest_and_in_a_file_that_agrees_with_it(made: RunFolder, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made.path, tmp_path / "run"))
     manifest = copy / "synth" / "manifest.jsonl"
